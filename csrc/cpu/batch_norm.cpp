@@ -1,0 +1,117 @@
+// Batch normalisation apart from a convolution: coefficients, application, and the reductions of its backward pass.
+#include "conv.h"
+#include "ff_api.h"
+
+namespace {
+
+using namespace ff;
+
+template <class T>
+int coefficients(const T *mean, const T *var, const T *weight, const T *bias, double eps, int64_t channels, T *stats) {
+  for (int64_t i = 0; i < channels; ++i) write_stats(i, mean[i], var[i], weight, bias, eps, channels, stats);
+  return FF_OK;
+}
+
+template <class T>
+struct Plan {
+  int64_t period;
+  AffineMemory<T> affine;
+  GradientSums *sums;
+
+  Plan(Arena &arena, int64_t channels, int threads) : period(period_of<T>(channels)), affine(arena, period) {
+    sums = arena.take<GradientSums>(threads);
+    for (int i = 0; i < threads; ++i) {
+      const GradientSums one = GradientSums::take<T>(arena, period);
+      if (sums != nullptr) sums[i] = one;
+    }
+  }
+};
+
+constexpr int64_t kGrainElements = 16 * 1024;
+
+template <class T>
+int apply(const T *z, const T *stats, int activation, double slope, T *y, int64_t pixels, int64_t channels,
+          void *workspace, int threads) {
+  Arena arena(workspace);
+  const Plan<T> plan(arena, channels, threads);
+  const Affine<T> affine = plan.affine.set(stats, channels, activation, slope);
+  const int64_t tiles = (pixels + kTile - 1) / kTile;
+  parallel_for(tiles, kGrainElements / (kTile * channels) + 1, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kTile; first < std::min(end * kTile, pixels); first += kTile) {
+      const int64_t count = std::min(kTile, pixels - first);
+      apply_affine(z + first * channels, count * channels, plan.period, affine, y + first * channels);
+    }
+  });
+  return FF_OK;
+}
+
+template <class T>
+int reduce(const T *grad, const T *z, const T *stats, int activation, double slope, T *g, double *sums, int64_t pixels,
+           int64_t channels, void *workspace, int threads) {
+  Arena arena(workspace);
+  const Plan<T> plan(arena, channels, threads);
+  const Affine<T> affine = plan.affine.set(stats, channels, activation, slope);
+  const int64_t tiles = (pixels + kTile - 1) / kTile;
+  const int64_t grain = kGrainElements / (kTile * channels) + 1;
+  const int ranks = parallel_ranks(tiles, grain, threads, [&](int rank, int64_t begin, int64_t end) {
+    plan.sums[rank].template clear<T>(plan.period);
+    for (int64_t first = begin * kTile; first < std::min(end * kTile, pixels); first += kTile) {
+      const int64_t count = std::min(kTile, pixels - first), at = first * channels;
+      activation_backward(grad + at, z + at, count * channels, plan.period, affine, g ? g + at : nullptr,
+                          &plan.sums[rank]);
+    }
+  });
+  for (int64_t i = 0; i < channels; ++i) {
+    double total = 0, product = 0;
+    for (int rank = 0; rank < ranks; ++rank)
+      for (int64_t j = i; j < plan.period; j += channels) {
+        total += plan.sums[rank].g[j];
+        product += plan.sums[rank].gz[j];
+      }
+    sums[i] = total;
+    sums[channels + i] = product;
+  }
+  return FF_OK;
+}
+
+}  // namespace
+
+extern "C" int ff_cpu_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
+                                              double eps, int64_t channels, void *stats, int dtype) {
+#define FF_CALL(T)                                                                                        \
+  coefficients(static_cast<const T *>(mean), static_cast<const T *>(var), static_cast<const T *>(weight), \
+               static_cast<const T *>(bias), eps, channels, static_cast<T *>(stats))
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int64_t ff_cpu_batch_norm_workspace(int64_t channels, int dtype, int threads) {
+  Arena arena;
+  dtype == FF_FLOAT32 ? void(Plan<float>(arena, channels, threads)) : void(Plan<double>(arena, channels, threads));
+  return arena.bytes();
+}
+
+extern "C" int ff_cpu_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,
+                                       int64_t pixels, int64_t channels, void *workspace, int dtype, int threads) {
+#define FF_CALL(T)                                                                                                \
+  apply(static_cast<const T *>(z), static_cast<const T *>(stats), activation, slope, static_cast<T *>(y), pixels, \
+        channels, workspace, threads)
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_batch_norm_reduce(const void *grad, const void *z, const void *stats, int activation,
+                                        double slope, void *g, double *sums, int64_t pixels, int64_t channels,
+                                        void *workspace, int dtype, int threads) {
+#define FF_CALL(T)                                                                                                  \
+  reduce(static_cast<const T *>(grad), static_cast<const T *>(z), static_cast<const T *>(stats), activation, slope, \
+         static_cast<T *>(g), sums, pixels, channels, workspace, threads)
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}

@@ -1,0 +1,301 @@
+// The context block and the heads on planar rows: with few channels per group, pixels are the better vectors.
+#include <algorithm>
+#include <cmath>
+
+#include "engine.h"
+#include "engine_gemm.h"
+#include "engine_rows.h"
+
+namespace ff::engine {
+namespace {
+
+constexpr int kPlanarVectors = kRegisters == 32 ? 5 : 2;
+constexpr int64_t kRunChannels = 8;  // kRun, in channels of nine taps
+
+void clear_margins(float *row, int64_t channels, int64_t plane, int64_t width) {
+  for (int64_t c = 0; c < channels; ++c, row += plane) {
+    row[L - 1] = 0;
+    std::memset(row + L + width, 0, (plane - L - width) * sizeof(float));
+  }
+}
+
+// O output channels of X vectors of pixels: 3x3 over `channels` planes. `w` is (channels, 3, 3, O).
+template <int O, int X>
+void planar_tile(const float *const (&rows)[3], int64_t channels, int64_t plane, const float *w, const float *bias,
+                 int act, V slope, float *const *out) {
+  V acc[O][X];
+#pragma GCC unroll 4
+  for (int o = 0; o < O; ++o)
+#pragma GCC unroll 5
+    for (int i = 0; i < X; ++i) acc[o][i] = V(bias[o]);
+  V total[O][X];
+  for (int64_t c = 0; c < channels; ++c) {
+    if (c > 0 && c % kRunChannels == 0) {
+#pragma GCC unroll 4
+      for (int o = 0; o < O; ++o)
+#pragma GCC unroll 5
+        for (int i = 0; i < X; ++i) {
+          total[o][i] = c > kRunChannels ? total[o][i] + acc[o][i] : acc[o][i];
+          acc[o][i] = V::zero();
+        }
+    }
+    for (int ky = 0; ky < 3; ++ky) {
+      const float *weight = w + (c * 3 + ky) * 3 * O;
+      if (rows[ky] == nullptr) continue;
+      const float *line = rows[ky] + c * plane - 1;
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx) {
+        V value[X];
+#pragma GCC unroll 5
+        for (int i = 0; i < X; ++i) value[i] = V::load(line + kx + i * L);
+#pragma GCC unroll 4
+        for (int o = 0; o < O; ++o) {
+          const V tap(weight[kx * O + o]);
+#pragma GCC unroll 5
+          for (int i = 0; i < X; ++i) acc[o][i] = fma(value[i], tap, acc[o][i]);
+        }
+      }
+    }
+  }
+  if (channels > kRunChannels) {
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 5
+      for (int i = 0; i < X; ++i) acc[o][i] += total[o][i];
+  }
+  with_activation(act, slope, [&](auto activation) {
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o)
+#pragma GCC unroll 5
+      for (int i = 0; i < X; ++i) activation(acc[o][i]).store(out[o] + i * L);
+  });
+}
+
+template <int O>
+void planar_vectors(int vectors, const float *const (&rows)[3], int64_t channels, int64_t plane, const float *w,
+                    const float *bias, int act, V slope, float *const *out) {
+  switch (vectors) {
+    case 1:
+      return planar_tile<O, 1>(rows, channels, plane, w, bias, act, slope, out);
+    case 2:
+      return planar_tile<O, 2>(rows, channels, plane, w, bias, act, slope, out);
+    default:
+      break;
+  }
+  if constexpr (kPlanarVectors > 2) switch (vectors) {
+      case 3:
+        return planar_tile<O, 3>(rows, channels, plane, w, bias, act, slope, out);
+      case 4:
+        return planar_tile<O, 4>(rows, channels, plane, w, bias, act, slope, out);
+      default:
+        return planar_tile<O, 5>(rows, channels, plane, w, bias, act, slope, out);
+    }
+}
+
+}  // namespace
+
+void load_planar(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t plane = ctx.o.cs, cs = ctx.a.cs, channels = ctx.a.c;
+  float *block = ctx.own(), *spare = block + cs * L, *spatial = spare + cs * L;
+  const float *gate = b.gate >= 0 ? ctx.arena + b.gate : nullptr;
+  if (gate) spatial_rows(ctx, y, n, spatial);
+  for (int64_t r = 0; r < n; ++r) {
+    const float *in = ctx.a.at(y + r) + cs;
+    float *out = ctx.o.at(y + r);
+    for (int64_t x = 0; x < ctx.o.w; x += L) {
+      transpose_pixels(in + x * cs, std::min<int64_t>(L, ctx.o.w - x), cs, block, L, spare);
+      float *at = out + L + x;
+      if (b.gate < 0) {
+        for (int64_t c = 0; c < channels; ++c) V::load(block + c * L).store(at + c * plane);
+        continue;
+      }
+      const int64_t size = channels / b.groups;
+      for (int64_t g = 0; g < b.groups; ++g) {
+        const V s = V::load(spatial + (r * b.groups + g) * (b.maps_row / (2 * b.groups)) + x);
+        for (int64_t c = g * size; c < (g + 1) * size; ++c) {
+          const V value = V::load(block + c * L), gated = value * V(gate[c]);
+          V y = b.mode == 0 ? gated * s : fma(gated, s, value);
+          if (b.mode == 2) y = activate<kRelu>(y, y);
+          y.store(at + c * plane);
+        }
+      }
+    }
+    clear_margins(out, channels, plane, ctx.o.w);
+  }
+}
+
+// Up to three convolutions, one per input. w0 is a table of 6 per part: input channels and output channels per group,
+// groups, offsets of weights and bias, offset of the table of output channels.
+void conv_planar(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const V slope(ctx.slope());
+  const int64_t plane = ctx.o.cs;
+  const Map *inputs[3] = {&ctx.a, &ctx.b, &ctx.c};
+  for (int64_t r = 0; r < n; ++r) {
+    float *row = ctx.o.at(y + r) + L;
+    for (int64_t part = 0; part < b.p0; ++part) {
+      const int32_t *shape = ctx.table(b.w0) + part * 6;
+      const Map &in = *inputs[part];
+      const int64_t channels = shape[0], outputs = shape[1];
+      // Of many channels, fewer vectors at a time: what a tile reads is to stay in the L1 cache for the next one.
+      const int64_t vectors = (ctx.o.w + L - 1) / L, most = channels > 16 && L == 16 ? 3 : kPlanarVectors;
+      for (int64_t v = 0, width; v < vectors; v += width) {
+        width = std::min(most, vectors - v);
+        const float *w = ctx.weight(shape[3]), *bias = ctx.weight(shape[4]);
+        const int32_t *order = ctx.table(shape[5]);
+        for (int64_t g = 0; g < shape[2]; ++g) {
+          const float *rows[3];
+          for (int ky = 0; ky < 3; ++ky) {
+            const int64_t i = y + r + ky - 1;
+            rows[ky] = i < 0 || i >= in.h ? nullptr : in.at(i) + g * channels * plane + L + v * L;
+          }
+          for (int64_t first = 0, count; first < outputs; first += count) {
+            count = outputs - first >= 4 ? 4 : outputs - first >= 2 ? 2 : 1;
+            float *out[4];
+            for (int64_t o = 0; o < count; ++o) out[o] = row + order[o] * plane + v * L;
+            const auto run = count == 4 ? planar_vectors<4> : count == 2 ? planar_vectors<2> : planar_vectors<1>;
+            run(static_cast<int>(width), rows, channels, plane, w, bias, static_cast<int>(b.act), slope, out);
+            w += channels * 9 * count;
+            bias += count;
+            order += count;
+          }
+        }
+      }
+    }
+    clear_margins(ctx.o.at(y + r), ctx.o.c, plane, ctx.o.w);
+  }
+}
+
+namespace {
+
+// out[m][n] = bias[n] + sum over k of a[m * Pixel + k * step] * w[n][k] for M pixels and N vectors; Pixel 0: `pixel`
+// between pixels.
+template <int M, int N, int64_t Pixel>
+FF_INLINE void head_tile(const float *a, int64_t channels, int64_t pixel, int64_t step, const float *w,
+                         const float *bias, float *out, int64_t lanes) {
+  V acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) acc[m][n] = V::load(bias + n * L);
+  for (int64_t k = 0; k < channels; ++k) {
+    V weight[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) weight[n] = V::load(w + (n * channels + k) * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const V value(a[m * (Pixel ? Pixel : pixel) + k * step]);
+#pragma GCC unroll 2
+      for (int n = 0; n < N; ++n) acc[m][n] = fma(value, weight[n], acc[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; ++n) acc[m][n].store(out + m * lanes + n * L);
+}
+
+template <int N, int64_t Pixel>
+void head_pixels(int64_t pixels, const float *a, int64_t channels, int64_t pixel, int64_t step, const float *w,
+                 const float *bias, float *out, int64_t lanes) {
+  constexpr int kMost = kRegisters == 32 ? 8 : 4;
+  int64_t m = 0;
+  const int64_t apart = Pixel ? Pixel : pixel;
+  for (; m + kMost <= pixels; m += kMost)
+    head_tile<kMost, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, out + m * lanes, lanes);
+  for (; m < pixels; ++m) head_tile<1, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, out + m * lanes, lanes);
+}
+
+// In place, for pairs of logits: e^x / (e^x + e^y), computed as torch does, after subtracting the larger.
+void softmax_pairs(float *x, int64_t count) {
+  int64_t i = 0;
+  const auto pairs = [](V value) {
+#if defined(__AVX512F__)
+    const V other = _mm512_permute_ps(value.v, 0xb1);
+#elif defined(__AVX2__)
+    const V other = _mm256_permute_ps(value.v, 0xb1);
+#else
+    V other = value;
+    for (int j = 0; j < L; ++j) other.v[j] = value.v[j ^ 1];
+#endif
+    const V most = max_keep(value, other);
+    const V e = exp(value - most), f = exp(other - most);
+    return e / (e + f);
+  };
+  for (; i + L <= count; i += L) pairs(V::load(x + i)).store(x + i);
+  if (i < count)
+    pairs(V::load_first(x + i, static_cast<int>(count - i))).store_first(x + i, static_cast<int>(count - i));
+}
+
+}  // namespace
+
+// w0 weights (vectors, channels, L) and w1 bias of p0 anchors times [4 box, 2 class, 10 landmark] outputs, boxes of all
+// anchors first; p1 the first anchor of the level; p2 softmax of the classes; mode 1: the input is planar.
+void head(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t anchors = b.p0, lanes = (anchors * 16 + L - 1) / L * L, channels = ctx.a.c, width = ctx.a.w;
+  float *buffer = ctx.own();
+  for (int64_t r = 0; r < n; ++r) {
+    const int64_t first = b.p1 + (y + r) * width * anchors;
+    const float *row = ctx.a.at(y + r) + (b.mode == 1 ? L : ctx.a.cs);
+    for (int64_t x = 0; x < width; x += 16) {
+      const int64_t pixels = std::min<int64_t>(16, width - x);
+      for (int64_t v = 0; v < lanes; v += 2 * L) {
+        const float *w = ctx.weight(b.w0) + v * channels, *bias = ctx.weight(b.w1) + v;
+        const bool two = v + L < lanes;
+        if (b.mode == 1)
+          (two ? head_pixels<2, 1> : head_pixels<1, 1>)(pixels, row + x, channels, 1, ctx.a.cs, w, bias, buffer + v,
+                                                        lanes);
+        else
+          (two ? head_pixels<2, 0> : head_pixels<1, 0>)(pixels, row + x * ctx.a.cs, channels, ctx.a.cs, 1, w, bias,
+                                                        buffer + v, lanes);
+      }
+      for (int64_t m = 0; m < pixels; ++m) {
+        const float *in = buffer + m * lanes;
+        const int64_t anchor = first + (x + m) * anchors;
+        if (anchors == 2) {
+          std::memcpy(ctx.bbox + anchor * 4, in, 8 * sizeof(float));
+          std::memcpy(ctx.cls + anchor * 2, in + 8, 4 * sizeof(float));
+          std::memcpy(ctx.landmarks + anchor * 10, in + 12, 20 * sizeof(float));
+        } else {
+          std::memcpy(ctx.bbox + anchor * 4, in, anchors * 4 * sizeof(float));
+          std::memcpy(ctx.cls + anchor * 2, in + anchors * 4, anchors * 2 * sizeof(float));
+          std::memcpy(ctx.landmarks + anchor * 10, in + anchors * 6, anchors * 10 * sizeof(float));
+        }
+      }
+    }
+    if (b.p2) softmax_pairs(ctx.cls + first * 2, width * anchors * 2);
+  }
+}
+
+// Planar rows: gate >= 0: g * a + (1 - g) * relu(b), g the scalar there; p0 steps of x += 0.1 tanh(x), x *= 1 + 0.1 i;
+// channel c goes to table w0[c].
+void mix(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t plane = ctx.o.cs;
+  const int32_t *order = ctx.table(b.w0);
+  const V g(b.gate >= 0 ? ctx.arena[b.gate] : 1.0f), rest = V(1.0f) - g;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int64_t c = 0; c < ctx.a.c; ++c) {
+      const float *in = ctx.a.at(y + r) + c * plane + L;
+      const float *other = b.gate >= 0 ? ctx.b.at(y + r) + c * plane + L : nullptr;
+      float *out = ctx.o.at(y + r) + order[c] * plane + L;
+      for (int64_t x = 0; x < ctx.o.w; x += L) {
+        V value = V::load(in + x);
+        if (other) {
+          const V raw = V::load(other + x);
+          value = fma(g, value, rest * activate<kRelu>(raw, raw));
+        }
+        for (int64_t i = 0; i < b.p0; ++i) {
+          value = fma(V(0.1f), tanh(value), value);
+          if (i > 0) value *= V(1.0f + 0.1f * float(i));
+        }
+        value.store(out + x);
+      }
+    }
+    clear_margins(ctx.o.at(y + r), ctx.o.c, plane, ctx.o.w);
+  }
+}
+
+}  // namespace ff::engine

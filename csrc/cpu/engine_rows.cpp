@@ -1,0 +1,428 @@
+// Convolutions of the engine on NHWC rows.
+#include <algorithm>
+
+#include "engine.h"
+#include "engine_gemm.h"
+#include "engine_rows.h"
+
+namespace ff::engine {
+namespace {
+
+// Depthwise 3x3 of R rows and X vectors per row, all in registers. `unit` is the distance between the inputs of two
+// taps, SX * unit between those of two outputs.
+template <int SY, int SX, int R, int X>
+FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t unit, const V (&w)[9], V bias,
+                              float *out, int64_t out_row, int64_t out_column, int act, V slope) {
+  V acc[R][X];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int x = 0; x < X; ++x) acc[r][x] = bias;
+#pragma GCC unroll 8
+  for (int i = 0; i < (R - 1) * SY + 3; ++i) {
+    const float *row = rows[i] + offset;
+#pragma GCC unroll 16
+    for (int j = 0; j < (X - 1) * SX + 3; ++j) {
+      const V value = V::load(row + j * unit);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) {
+        const int ky = i - r * SY;
+        if (ky < 0 || ky > 2) continue;
+#pragma GCC unroll 8
+        for (int x = 0; x < X; ++x) {
+          const int kx = j - x * SX;
+          if (kx >= 0 && kx <= 2) acc[r][x] = fma(value, w[ky * 3 + kx], acc[r][x]);
+        }
+      }
+    }
+  }
+  with_activation(act, slope, [&](auto activation) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int x = 0; x < X; ++x) activation(acc[r][x]).store(out + r * out_row + x * out_column);
+  });
+}
+
+template <int SY, int SX, int R>
+FF_INLINE void depthwise_columns(int columns, const float *const *rows, int64_t offset, int64_t unit, const V (&w)[9],
+                                 V bias, float *out, int64_t out_row, int64_t out_column, int act, V slope) {
+  int x = 0;
+  for (; x + 4 <= columns; x += 4)
+    depthwise_tile<SY, SX, R, 4>(rows, offset + x * SX * unit, unit, w, bias, out + x * out_column, out_row, out_column,
+                                 act, slope);
+  const int64_t at = offset + x * SX * unit;
+  float *end = out + x * out_column;
+  if (columns - x == 3)
+    depthwise_tile<SY, SX, R, 3>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+  else if (columns - x == 2)
+    depthwise_tile<SY, SX, R, 2>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+  else if (columns - x == 1)
+    depthwise_tile<SY, SX, R, 1>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+}
+
+// `weights` is (vectors, 10, L): nine taps and the bias.
+template <int SY, int SX>
+void depthwise(int64_t n, int columns, int64_t vectors, const float *const *rows, int64_t unit, const float *weights,
+               float *out, int64_t out_row, int64_t out_column, int act, V slope) {
+  for (int64_t v = 0; v < vectors; ++v) {
+    V w[9];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) w[i] = V::load(weights + (v * 10 + i) * L);
+    const V bias = V::load(weights + (v * 10 + 9) * L);
+    int64_t r = 0;
+    if constexpr (kRegisters == 32)
+      for (; r + 2 <= n; r += 2)
+        depthwise_columns<SY, SX, 2>(columns, rows + r * SY, v * L, unit, w, bias, out + r * out_row + v * L, out_row,
+                                     out_column, act, slope);
+    for (; r < n; ++r)
+      depthwise_columns<SY, SX, 1>(columns, rows + r * SY, v * L, unit, w, bias, out + r * out_row + v * L, out_row,
+                                   out_column, act, slope);
+  }
+}
+
+// Sum and maximum of each channel over `columns` pixels, added to those of the row's earlier tiles.
+void pool_row(const float *pixels, int64_t columns, int64_t cs, float *partial, bool first) {
+  for (int64_t v = 0; v < cs; v += L) {
+    V sum = V::load(pixels + v), most = sum;
+    for (int64_t x = 1; x < columns; ++x) {
+      const V value = V::load(pixels + x * cs + v);
+      sum += value;
+      most = max_keep(most, value);
+    }
+    if (!first) {
+      sum += V::load(partial + v);
+      most = max_keep(V::load(partial + cs + v), most);
+    }
+    sum.store(partial + v);
+    most.store(partial + cs + v);
+  }
+}
+
+// The stem's input: per row and channel the even and the odd columns apart, each with L floats before x = 0 of which
+// the last is zero.
+void split_float(const float *row, int64_t width, float *even, float *odd) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
+  for (; i + L <= width / 2; i += L) {
+    const __m512 low = _mm512_loadu_ps(row + 2 * i), high = _mm512_loadu_ps(row + 2 * i + L);
+    _mm512_storeu_ps(even + i, _mm512_permutex2var_ps(low, evens, high));
+    _mm512_storeu_ps(odd + i, _mm512_permutex2var_ps(low, odds, high));
+  }
+#endif
+  for (; i < width / 2; ++i) {
+    even[i] = row[2 * i];
+    odd[i] = row[2 * i + 1];
+  }
+  if (width % 2) {
+    even[width / 2] = row[width - 1];
+    odd[width / 2] = 0;
+  }
+  odd[-1] = 0;
+}
+
+void split_bytes(const uint8_t *row, int64_t width, int64_t plane, const float *mean, float *out) {
+  for (int c = 0; c < 3; ++c) {
+    float *even = out + 2 * c * plane + L, *odd = even + plane;
+    const float m = mean[c];
+    for (int64_t i = 0; i < width / 2; ++i) {
+      even[i] = float(row[6 * i + c]) - m;
+      odd[i] = float(row[6 * i + 3 + c]) - m;
+    }
+    if (width % 2) {
+      even[width / 2] = float(row[3 * (width - 1) + c]) - m;
+      odd[width / 2] = 0;
+    }
+    odd[-1] = 0;
+  }
+}
+
+constexpr int kStemChannels = L == 16 ? 8 : 4;
+constexpr int kStemVectors = L == 16 ? 3 : 2;
+
+// kStemChannels channels of X vectors of pixels, planar, into `out` (kStemChannels, kStemVectors * L).
+template <int X>
+void stem_tile(const float *const (&rows)[3], int64_t plane, int64_t x, const float *w, const float *bias, int act,
+               V slope, float *out) {
+  V acc[kStemChannels][X];
+#pragma GCC unroll 8
+  for (int o = 0; o < kStemChannels; ++o)
+#pragma GCC unroll 3
+    for (int i = 0; i < X; ++i) acc[o][i] = V(bias[o]);
+  for (int c = 0; c < 3; ++c)
+    for (int ky = 0; ky < 3; ++ky) {
+      const float *even = rows[ky] + 2 * c * plane + L + x, *odd = even + plane;
+#pragma GCC unroll 3
+      for (int kx = 0; kx < 3; ++kx, w += kStemChannels) {
+        const float *tap = kx == 0 ? odd - 1 : kx == 1 ? even : odd;
+        V value[X];
+#pragma GCC unroll 3
+        for (int i = 0; i < X; ++i) value[i] = V::load(tap + i * L);
+#pragma GCC unroll 8
+        for (int o = 0; o < kStemChannels; ++o)
+#pragma GCC unroll 3
+          for (int i = 0; i < X; ++i) acc[o][i] = fma(value[i], V(w[o]), acc[o][i]);
+      }
+    }
+  with_activation(act, slope, [&](auto activation) {
+#pragma GCC unroll 8
+    for (int o = 0; o < kStemChannels; ++o)
+#pragma GCC unroll 3
+      for (int i = 0; i < X; ++i) activation(acc[o][i]).store(out + (o * kStemVectors + i) * L);
+  });
+}
+
+// (kStemChannels, pixels) planar -> pixels of distance cs.
+void interleave(const float *in, int64_t pixels, float *out, int64_t cs) {
+#if defined(__AVX512F__)
+  if (cs == 8) {
+    for (int64_t x = 0; x < pixels; x += L, out += 8 * L) {
+      __m512 r[8], t[8];
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) r[i] = _mm512_loadu_ps(in + i * kStemVectors * L + x);
+#pragma GCC unroll 4
+      for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+      }
+      // After this, r[4 h + i] holds channels 4 h .. 4 h + 3 of pixel 4 l + i in its 128-bit lane l.
+#pragma GCC unroll 2
+      for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m512 low01 = _mm512_shuffle_f32x4(r[2 * i], r[4 + 2 * i], 0x44);
+        const __m512 low23 = _mm512_shuffle_f32x4(r[2 * i], r[4 + 2 * i], 0xee);
+        const __m512 high01 = _mm512_shuffle_f32x4(r[2 * i + 1], r[5 + 2 * i], 0x44);
+        const __m512 high23 = _mm512_shuffle_f32x4(r[2 * i + 1], r[5 + 2 * i], 0xee);
+        float *pair = out + i * 16;
+        _mm512_storeu_ps(pair, _mm512_shuffle_f32x4(low01, high01, 0x88));
+        _mm512_storeu_ps(pair + 32, _mm512_shuffle_f32x4(low01, high01, 0xdd));
+        _mm512_storeu_ps(pair + 64, _mm512_shuffle_f32x4(low23, high23, 0x88));
+        _mm512_storeu_ps(pair + 96, _mm512_shuffle_f32x4(low23, high23, 0xdd));
+      }
+    }
+    return;
+  }
+#endif
+  for (int64_t x = 0; x < pixels; ++x)
+    for (int o = 0; o < kStemChannels; ++o) out[x * cs + o] = in[o * kStemVectors * L + x];
+}
+
+}  // namespace
+
+void clear_border(const Map &map, int64_t y) {
+  float *row = map.at(y), *end = row + (map.w + 1) * map.cs;
+  std::memset(row, 0, map.cs * sizeof(float));
+  std::memset(end, 0, map.cs * sizeof(float));
+}
+
+void stem(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t plane = b.p0, height = b.a_h, width = b.a_w;
+  const V slope(ctx.slope());
+  float *split = ctx.own(), *zeros = split + 3 * 6 * plane, *planar = zeros + 6 * plane;
+  if (y == 0 || (y + n) * 2 > height) std::memset(zeros, 0, 6 * plane * sizeof(float));
+  int64_t held[3] = {-2, -2, -2};
+  for (int64_t r = 0; r < n; ++r) {
+    const float *rows[3];
+    for (int ky = 0; ky < 3; ++ky) {
+      const int64_t i = (y + r) * 2 - 1 + ky, slot = (i + 3) % 3;
+      if (i < 0 || i >= height) {
+        rows[ky] = zeros;
+        continue;
+      }
+      float *out = split + slot * 6 * plane;
+      rows[ky] = out;
+      if (held[slot] == i) continue;
+      held[slot] = i;
+      if (b.mode == 0) {
+        const float *image = reinterpret_cast<const float *>(ctx.image);
+        for (int c = 0; c < 3; ++c)
+          split_float(image + (c * height + i) * width, width, out + 2 * c * plane + L, out + (2 * c + 1) * plane + L);
+      } else {
+        split_bytes(reinterpret_cast<const uint8_t *>(ctx.image) + i * width * 3, width, plane, ctx.weight(b.w2), out);
+      }
+    }
+    float *row = ctx.o.at(y + r) + ctx.o.cs;
+    const int64_t vectors = (ctx.o.w + L - 1) / L;
+    for (int64_t v = 0; v < vectors; v += kStemVectors) {
+      const int64_t count = std::min<int64_t>(kStemVectors, vectors - v);
+      for (int64_t o = 0; o < b.o_c; o += kStemChannels) {
+        const float *w = ctx.weight(b.w0) + o * 27, *bias = ctx.weight(b.w1) + o;
+        if (count == kStemVectors)
+          stem_tile<kStemVectors>(rows, plane, v * L, w, bias, b.act, slope, planar);
+        else if (count == 2)
+          stem_tile<2>(rows, plane, v * L, w, bias, b.act, slope, planar);
+        else
+          stem_tile<1>(rows, plane, v * L, w, bias, b.act, slope, planar);
+        interleave(planar, count * L, row + v * L * ctx.o.cs + o, ctx.o.cs);
+      }
+    }
+    clear_border(ctx.o, y + r);
+  }
+}
+
+void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64_t a_row, int64_t taps,
+                  int64_t channels, int64_t stride, int64_t y, int64_t x, int columns) {
+  const Block &b = *ctx.block;
+  const int64_t vectors = b.p0, first = b.p1;
+  const float *w = ctx.weight(b.w1), *bias = ctx.weight(b.w2);
+  const V slope(ctx.slope());
+  for (int64_t v = 0; v < vectors; v += kPanel) {
+    const int width = static_cast<int>(std::min<int64_t>(kPanel, vectors - v));
+    const int lanes = v + width == vectors ? static_cast<int>(b.p2) : L;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float *pointers[9];
+      for (int64_t t = 0; t < taps; ++t) pointers[t] = a[t + r * b.p3] + r * a_row;
+      const Epilogue e{bias + v * L, ctx.o.at(y + r) + (x + 1) * ctx.o.cs + first + v * L,
+                       ctx.o.cs,     static_cast<int>(b.act),
+                       slope,        lanes};
+      if (stride == kTileStride)
+        gemm_panel<kTileStride>(width, columns, pointers, taps, channels, 0, w, e);
+      else if (stride == 8)
+        gemm_panel<8>(width, columns, pointers, taps, channels, 0, w, e);
+      else
+        gemm_panel<0>(width, columns, pointers, taps, channels, stride, w, e);
+    }
+    w += taps * channels * width * L;
+  }
+}
+
+void pool_tile(const Context &ctx, int64_t y, int64_t n, int64_t x, int64_t columns) {
+  const Block &b = *ctx.block;
+  if (b.pool < 0) return;
+  for (int64_t r = 0; r < n; ++r)
+    pool_row(ctx.o.at(y + r) + (x + 1) * ctx.o.cs, columns, ctx.o.cs, ctx.arena + b.pool + (y + r) * 2 * ctx.o.cs,
+             x == 0);
+}
+
+// Rows i0 .. i0 + count - 1 of the map, from pixel x - 1 on; rows outside are zero.
+static void input_rows(const Context &ctx, int64_t i0, int64_t count, int64_t x, const float **rows) {
+  const float *zeros = ctx.weight(ctx.block->w3);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool inside = i0 + i >= 0 && i0 + i < ctx.a.h;
+    rows[i] = inside ? ctx.a.at(i0 + i) + x * ctx.a.cs : zeros;
+  }
+}
+
+void separable(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t s = b.stride, cs = ctx.a.cs, pack = cs < L ? L / cs : 1;
+  const V slope(ctx.slope());
+  float *buffer = ctx.own();
+  for (int64_t x = 0; x < ctx.o.w; x += b.tile) {
+    const int columns = static_cast<int>(std::min(b.tile, ctx.o.w - x));
+    const float *rows[kMaxRows * 2 + 1];
+    input_rows(ctx, y * s - 1, (n - 1) * s + 3, x * s, rows);
+    const int64_t stride = pack > 1 ? cs : kTileStride, a_row = stride * (b.tile + pack - 1);
+    const int act = static_cast<int>(b.mode);
+    if (pack > 1)
+      depthwise<1, 2>(n, (columns + 1) / 2, 1, rows, cs, ctx.weight(b.w0), buffer, a_row, L, act, slope);
+    else if (s == 1)
+      depthwise<1, 1>(n, columns, cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row, stride, act, slope);
+    else
+      depthwise<2, 2>(n, columns, cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row, stride, act, slope);
+    const float *a[1] = {buffer};
+    store_panels(ctx, a, n, a_row, 1, ctx.a.c, stride, y, x, columns);
+    pool_tile(ctx, y, n, x, columns);
+  }
+  for (int64_t r = 0; r < n; ++r) clear_border(ctx.o, y + r);
+}
+
+void conv(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t s = b.stride, k = b.kernel, cs = ctx.a.cs;
+  float *buffer = ctx.own();
+  const bool gated = b.gate >= 0;
+  if (gated) spatial_rows(ctx, y, n, buffer + kMaxRows * kTile * kTileStride);
+  for (int64_t x = 0; x < ctx.o.w; x += b.tile) {
+    const int columns = static_cast<int>(std::min(b.tile, ctx.o.w - x));
+    if (gated) {
+      for (int64_t r = 0; r < n; ++r)
+        gate_pixels(ctx, y + r, x, columns, buffer + kMaxRows * kTile * kTileStride + r * b.maps_row / 2,
+                    buffer + r * b.tile * kTileStride, kTileStride);
+      const float *a[1] = {buffer};
+      store_panels(ctx, a, n, b.tile * kTileStride, 1, ctx.a.c, kTileStride, y, x, columns);
+    } else {
+      const float *rows[kMaxRows * 2 + 1], *taps[9 * (kMaxRows * 2 + 1)];
+      input_rows(ctx, y * s - k / 2, (n - 1) * s + k, x * s + (k == 1), rows);
+      for (int64_t i = 0; i < (n - 1) * s + k; ++i)
+        for (int64_t j = 0; j < k; ++j) taps[i * k + j] = rows[i] + j * cs;
+      store_panels(ctx, taps, n, 0, k * k, ctx.a.c, cs * s, y, x, columns);
+    }
+    pool_tile(ctx, y, n, x, columns);
+  }
+  for (int64_t r = 0; r < n; ++r) clear_border(ctx.o, y + r);
+}
+
+// Input i of a BiFPN node as one row of the output's size, scaled by its weight and added to `sum`.
+static void add_resampled(const Map &in, int64_t how, V weight, const Map &out, int64_t y, float *sum, bool first) {
+  const int64_t cs = out.cs;
+  const auto add = [&](int64_t at, V value) {
+    (first ? value * weight : fma(value, weight, V::load(sum + at))).store(sum + at);
+  };
+  if (how == 0) {
+    const float *row = in.at(y) + cs;
+    for (int64_t i = 0; i < out.w * cs; i += L) add(i, V::load(row + i));
+  } else if (how == 1) {
+    // The index of torch's nearest-neighbour interpolation, computed in float32 as there.
+    const float scale_y = float(in.h) / float(out.h), scale_x = float(in.w) / float(out.w);
+    const float *row = in.at(std::min<int64_t>(int64_t(float(y) * scale_y), in.h - 1)) + cs;
+    for (int64_t x = 0; x < out.w; ++x) {
+      const float *pixel = row + std::min<int64_t>(int64_t(float(x) * scale_x), in.w - 1) * cs;
+      for (int64_t v = 0; v < cs; v += L) add(x * cs + v, V::load(pixel + v));
+    }
+  } else {
+    // 3x3 maximum of stride 2. how 2: padding 1, ignored. how 3: padded with zeros, (w % 2, 1) columns and
+    // (h % 2, 1) rows.
+    const bool same = how == 3;
+    const int64_t top = 2 * y - (same ? in.h % 2 : 1), left = same ? in.w % 2 : 1;
+    const int64_t first_row = std::max<int64_t>(top, 0), rows = std::min(top + 3, in.h) - first_row;
+    const float *lines[3];
+    for (int64_t i = 0; i < rows; ++i) lines[i] = in.at(first_row + i) + cs;
+    for (int64_t x = 0; x < out.w; ++x) {
+      const int64_t first = std::max<int64_t>(2 * x - left, 0), columns = std::min(2 * x - left + 3, in.w) - first;
+      const bool zeros = same && (rows < 3 || columns < 3);
+      for (int64_t v = 0; v < cs; v += L) {
+        const float *at = lines[0] + first * cs + v;
+        V most = V::load(at);
+        if (zeros) most = V::larger(most, V::zero());
+        if (rows == 3 && columns == 3) {
+          const float *second = lines[1] + first * cs + v, *third = lines[2] + first * cs + v;
+#pragma GCC unroll 3
+          for (int64_t j = 0; j < 3; ++j) {
+            if (j > 0) most = V::larger(most, V::load(at + j * cs));
+            most = V::larger(most, V::load(second + j * cs));
+            most = V::larger(most, V::load(third + j * cs));
+          }
+        } else {
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < columns; ++j) most = V::larger(most, V::load(lines[i] + (first + j) * cs + v));
+        }
+        add(x * cs + v, most);
+      }
+    }
+  }
+}
+
+void fuse(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const float *weight = ctx.weight(b.w0);
+  for (int64_t r = 0; r < n; ++r) {
+    float *row = ctx.o.at(y + r) + ctx.o.cs;
+    add_resampled(ctx.a, b.p0, V(weight[0]), ctx.o, y + r, row, true);
+    if (b.p1 >= 0) add_resampled(ctx.b, b.p1, V(weight[1]), ctx.o, y + r, row, false);
+    if (b.p2 >= 0) add_resampled(ctx.c, b.p2, V(weight[2]), ctx.o, y + r, row, false);
+    for (int64_t i = 0; i < ctx.o.w * ctx.o.cs; i += L) activate<kSilu>(V::load(row + i), V::zero()).store(row + i);
+    clear_border(ctx.o, y + r);
+  }
+}
+
+}  // namespace ff::engine

@@ -1,0 +1,265 @@
+// Batch normalisation around convolutions, tensors in NHWC: statistics of a batch, their application, and the sums and
+// the elementwise part of the backward pass. Reductions are in two stages of fixed order, so results are reproducible.
+#include "channels.cuh"
+
+namespace {
+
+constexpr int kLanes = 32, kRows = 8, kThreads = 256;
+constexpr int64_t kMostBlocks = 512;
+
+int64_t slices_for(int64_t pixels) { return ff::blocks_for(pixels, 16 * kRows, kMostBlocks); }
+
+__device__ __forceinline__ void write_coefficients(float *stats, int channels, int c, float mean, float variance,
+                                                   float weight, float bias, float eps) {
+  stats[c] = mean;
+  stats[channels + c] = variance;
+  stats[2 * channels + c] = weight / sqrtf(variance + eps);
+  stats[3 * channels + c] = bias;
+}
+
+template <class T>
+__global__ void coefficients_kernel(const T *__restrict__ mean, const T *__restrict__ variance,
+                                    const T *__restrict__ weight, const T *__restrict__ bias, float eps, int channels,
+                                    float *__restrict__ stats) {
+  const int c = blockIdx.x * kThreads + threadIdx.x;
+  if (c < channels)
+    write_coefficients(stats, channels, c, ff::to_float(mean[c]), ff::to_float(variance[c]),
+                       weight == nullptr ? 1.0f : ff::to_float(weight[c]),
+                       bias == nullptr ? 0.0f : ff::to_float(bias[c]), eps);
+}
+
+// Count, mean and sum of squared deviations of values; combined as in Chan, Golub and LeVeque (1983).
+struct Moments {
+  double count, mean, squares;
+
+  __device__ __forceinline__ void add(const Moments &other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, difference = other.mean - mean;
+    mean += difference * (other.count / total);
+    squares += other.squares + difference * difference * (count * (other.count / total));
+    count = total;
+  }
+};
+
+// z: (pixels, channels) -> partial: (slices, channels). A block takes kLanes channels and one slice of the pixels.
+template <class T>
+__global__ void __launch_bounds__(kLanes *kRows)
+    moments_kernel(const T *__restrict__ z, int64_t pixels, int channels, Moments *__restrict__ partial) {
+  __shared__ Moments rows[kRows][kLanes];
+  const int c = blockIdx.y * kLanes + threadIdx.x;
+  Moments sum{0, 0, 0};
+  const int64_t first = blockIdx.x * kRows + threadIdx.y;
+  if (c < channels && first < pixels) {
+    // Deviations from the first value: the mean of 1e4 +- 1e-2 is as exact as that of +- 1e-2.
+    const float pivot = ff::to_float(z[first * channels + c]);
+    double deviations = 0, squares = 0;
+    for (int64_t p = first; p < pixels; p += int64_t(gridDim.x) * kRows) {
+      const double d = ff::to_float(z[p * channels + c]) - pivot;
+      deviations += d;
+      squares += d * d;
+      sum.count += 1;
+    }
+    sum.mean = pivot + deviations / sum.count;
+    sum.squares = squares - deviations * (deviations / sum.count);
+  }
+  rows[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= channels) return;
+  for (int row = 1; row < kRows; ++row) sum.add(rows[row][threadIdx.x]);
+  partial[int64_t(blockIdx.x) * channels + c] = sum;
+}
+
+template <class T>
+__global__ void statistics_kernel(const Moments *__restrict__ partial, int slices, int channels,
+                                  const T *__restrict__ weight, const T *__restrict__ bias, float eps,
+                                  float *__restrict__ stats) {
+  const int c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  Moments all{0, 0, 0};
+  for (int slice = 0; slice < slices; ++slice) all.add(partial[int64_t(slice) * channels + c]);
+  write_coefficients(stats, channels, c, static_cast<float>(all.mean), static_cast<float>(all.squares / all.count),
+                     weight == nullptr ? 1.0f : ff::to_float(weight[c]), bias == nullptr ? 0.0f : ff::to_float(bias[c]),
+                     eps);
+}
+
+// y = activation((z - mean) * scale + shift); y may be z.
+template <class T, int V>
+__global__ void apply_kernel(const T *z, ff::Norm norm, T *y, int64_t packs) {
+  using Pack = ff::Pack<T, V>;
+  const int per_pixel = norm.channels / V;
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
+    const int c = static_cast<int>(i % per_pixel) * V;
+    Pack values = reinterpret_cast<const Pack *>(z)[i];
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(norm(ff::to_float(values.v[j]), c + j));
+    reinterpret_cast<Pack *>(y)[i] = values;
+  }
+}
+
+// partial: (slices, 2, channels), sums of g and of g * (z - mean), g the gradient of the normalisation's output.
+template <class T>
+__global__ void __launch_bounds__(kLanes *kRows)
+    reduce_kernel(const T *__restrict__ grad, const T *__restrict__ z, ff::Norm norm, int64_t pixels,
+                  double *__restrict__ partial) {
+  __shared__ double rows[kRows][2][kLanes];
+  const int channels = norm.channels, c = blockIdx.y * kLanes + threadIdx.x;
+  double sum = 0, product = 0;
+  if (c < channels) {
+    const float mean = norm.stats == nullptr ? 0 : norm.mean(c);
+    for (int64_t p = blockIdx.x * kRows + threadIdx.y; p < pixels; p += int64_t(gridDim.x) * kRows) {
+      const float v = ff::to_float(z[p * channels + c]);
+      const float g = norm.gradient(ff::to_float(grad[p * channels + c]), v, c);
+      sum += g;
+      product += double(g) * (v - mean);
+    }
+  }
+  rows[threadIdx.y][0][threadIdx.x] = sum;
+  rows[threadIdx.y][1][threadIdx.x] = product;
+  __syncthreads();
+  if (threadIdx.y > 1 || c >= channels) return;
+  double total = 0;
+  for (int row = 0; row < kRows; ++row) total += rows[row][threadIdx.y][threadIdx.x];
+  partial[(int64_t(blockIdx.x) * 2 + threadIdx.y) * channels + c] = total;
+}
+
+__global__ void sum_slices_kernel(const double *__restrict__ partial, int slices, int values,
+                                  double *__restrict__ sums) {
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  if (i >= values) return;
+  double total = 0;
+  for (int slice = 0; slice < slices; ++slice) total += partial[int64_t(slice) * values + i];
+  sums[i] = total;
+}
+
+// The gradient of z. sums (2, channels): as above, where the statistics were the batch's own; null where they were
+// given.
+template <class T, int V>
+__global__ void backward_kernel(const T *grad, const T *z, ff::Norm norm, const double *__restrict__ sums, double eps,
+                                double inverse_count, T *out, int64_t packs) {
+  using Pack = ff::Pack<T, V>;
+  const int channels = norm.channels, per_pixel = channels / V;
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
+    const int c = static_cast<int>(i % per_pixel) * V;
+    Pack values = reinterpret_cast<const Pack *>(grad)[i];
+    const Pack raw = reinterpret_cast<const Pack *>(z)[i];
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float v = ff::to_float(raw.v[j]);
+      float g = norm.gradient(ff::to_float(values.v[j]), v, c + j);
+      if (sums != nullptr) {
+        // In double: weight gradients behind a normalisation are small differences of large sums of these.
+        const double slope = sums[channels + c + j] * inverse_count / (double(norm.variance(c + j)) + eps);
+        g = static_cast<float>(g - sums[c + j] * inverse_count - (v - norm.mean(c + j)) * slope);
+      }
+      values.v[j] = ff::from_float<T>(norm.stats == nullptr ? g : g * norm.scale(c + j));
+    }
+    reinterpret_cast<Pack *>(out)[i] = values;
+  }
+}
+
+dim3 reduction_grid(int64_t pixels, int64_t channels) {
+  return dim3(static_cast<unsigned>(slices_for(pixels)), static_cast<unsigned>(ff::ceil_div(channels, kLanes)));
+}
+
+bool too_many(int64_t channels) { return channels > int64_t(65535) * kLanes; }
+
+}  // namespace
+
+extern "C" int ff_cuda_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
+                                               double eps, int64_t channels, void *stats, int dtype, void *stream) {
+  if (too_many(channels)) return FF_BAD_ARGUMENT;
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    coefficients_kernel<T>
+        <<<ff::blocks_for(channels, kThreads, INT32_MAX), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+            static_cast<const T *>(mean), static_cast<const T *>(var), static_cast<const T *>(weight),
+            static_cast<const T *>(bias), static_cast<float>(eps), static_cast<int>(channels),
+            static_cast<float *>(stats));
+    return cudaGetLastError();
+  });
+}
+
+extern "C" int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels) {
+  return slices_for(pixels) * channels * int64_t(sizeof(Moments));
+}
+
+extern "C" int ff_cuda_batch_norm_statistics(const void *z, const void *weight, const void *bias, double eps,
+                                             void *stats, int64_t pixels, int64_t channels, void *workspace, int dtype,
+                                             void *stream) {
+  if (too_many(channels)) return FF_BAD_ARGUMENT;
+  if (pixels == 0) return FF_OK;
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  Moments *partial = static_cast<Moments *>(workspace);
+  const int count = static_cast<int>(channels);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    moments_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(static_cast<const T *>(z),
+                                                                                       pixels, count, partial);
+    statistics_kernel<T><<<ff::blocks_for(channels, kThreads, INT32_MAX), kThreads, 0, s>>>(
+        partial, static_cast<int>(slices_for(pixels)), count, static_cast<const T *>(weight),
+        static_cast<const T *>(bias), static_cast<float>(eps), static_cast<float *>(stats));
+    return cudaGetLastError();
+  });
+}
+
+extern "C" int ff_cuda_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,
+                                        int64_t pixels, int64_t channels, int dtype, void *stream) {
+  if (too_many(channels)) return FF_BAD_ARGUMENT;
+  if (pixels == 0) return FF_OK;
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const ff::Norm norm = ff::make_norm(stats, channels, activation, slope);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    constexpr int V = ff::kWide<T>;
+    const int64_t packs = pixels * channels / (ff::wide(channels, V) ? V : 1);
+    const unsigned blocks = ff::blocks_for(packs, kThreads, 65536);
+    const T *from = static_cast<const T *>(z);
+    if (ff::wide(channels, V))
+      apply_kernel<T, V><<<blocks, kThreads, 0, s>>>(from, norm, static_cast<T *>(y), packs);
+    else
+      apply_kernel<T, 1><<<blocks, kThreads, 0, s>>>(from, norm, static_cast<T *>(y), packs);
+    return cudaGetLastError();
+  });
+}
+
+extern "C" int ff_cuda_batch_norm_reduce(const void *grad, const void *z, const void *stats, int activation,
+                                         double slope, double *sums, int64_t pixels, int64_t channels, void *workspace,
+                                         int dtype, void *stream) {
+  if (too_many(channels)) return FF_BAD_ARGUMENT;
+  if (pixels == 0) return FF_OK;
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  double *partial = static_cast<double *>(workspace);
+  const ff::Norm norm = ff::make_norm(stats, channels, activation, slope);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    reduce_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(
+        static_cast<const T *>(grad), static_cast<const T *>(z), norm, pixels, partial);
+    sum_slices_kernel<<<ff::blocks_for(2 * channels, kThreads, INT32_MAX), kThreads, 0, s>>>(
+        partial, static_cast<int>(slices_for(pixels)), static_cast<int>(2 * channels), sums);
+    return cudaGetLastError();
+  });
+}
+
+extern "C" int ff_cuda_batch_norm_backward(const void *grad, const void *z, const void *stats, const double *sums,
+                                           int activation, double slope, double eps, void *out, int64_t pixels,
+                                           int64_t channels, int dtype, void *stream) {
+  if (too_many(channels)) return FF_BAD_ARGUMENT;
+  if (pixels == 0) return FF_OK;
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  const ff::Norm norm = ff::make_norm(stats, channels, activation, slope);
+  const double inverse_count = 1.0 / static_cast<double>(pixels);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    constexpr int V = ff::kWide<T>;
+    const int64_t packs = pixels * channels / (ff::wide(channels, V) ? V : 1);
+    const unsigned blocks = ff::blocks_for(packs, kThreads, 65536);
+    const T *gradient = static_cast<const T *>(grad), *raw = static_cast<const T *>(z);
+    if (ff::wide(channels, V))
+      backward_kernel<T, V>
+          <<<blocks, kThreads, 0, s>>>(gradient, raw, norm, sums, eps, inverse_count, static_cast<T *>(out), packs);
+    else
+      backward_kernel<T, 1>
+          <<<blocks, kThreads, 0, s>>>(gradient, raw, norm, sums, eps, inverse_count, static_cast<T *>(out), packs);
+    return cudaGetLastError();
+  });
+}

@@ -1,0 +1,85 @@
+// Batch normalisation and activation as kernels apply them to one value of a channel.
+#ifndef FF_CUDA_CHANNELS_CUH
+#define FF_CUDA_CHANNELS_CUH
+
+#include "common.cuh"
+
+namespace ff {
+
+// Not inlined: it would be in every kernel as often as these unroll their loops over channels.
+static __device__ __attribute__((noinline)) float silu(float v) { return v / (1 + expf(-v)); }
+
+static __device__ __attribute__((noinline)) float silu_gradient(float grad, float v) {
+  const float s = 1 / (1 + expf(-v));
+  return grad * (s * (1 + v * (1 - s)));
+}
+
+__device__ __forceinline__ float activate(float v, int activation, float slope) {
+  switch (activation) {
+    case FF_RELU:
+      return v < 0 ? 0 : v;  // a NaN stays
+    case FF_LEAKY_RELU:
+      return v < 0 ? v * slope : v;
+    case FF_SILU:
+      return silu(v);
+  }
+  return v;
+}
+
+// The gradient of the activation's argument v, from the gradient of its result.
+__device__ __forceinline__ float activation_gradient(float grad, float v, int activation, float slope) {
+  switch (activation) {
+    case FF_RELU:
+      return v <= 0 ? 0 : grad;
+    case FF_LEAKY_RELU:
+      return v > 0 ? grad : grad * slope;
+    case FF_SILU:
+      return silu_gradient(grad, v);
+  }
+  return grad;
+}
+
+// stats: (4, channels) mean, biased variance, scale, shift; null: no normalisation.
+struct Norm {
+  const float *stats;
+  int channels, activation;
+  float slope;
+
+  __device__ __forceinline__ bool identity() const { return stats == nullptr && activation == FF_NONE; }
+  __device__ __forceinline__ float mean(int c) const { return stats[c]; }
+  __device__ __forceinline__ float variance(int c) const { return stats[channels + c]; }
+  __device__ __forceinline__ float scale(int c) const { return stats[2 * channels + c]; }
+  __device__ __forceinline__ float normalised(float v, int c) const {
+    return stats == nullptr ? v : (v - mean(c)) * scale(c) + stats[3 * channels + c];
+  }
+  __device__ __forceinline__ float operator()(float v, int c) const {
+    return identity() ? v : activate(normalised(v, c), activation, slope);
+  }
+  __device__ __forceinline__ float gradient(float grad, float v, int c) const {
+    return activation == FF_NONE ? grad : activation_gradient(grad, normalised(v, c), activation, slope);
+  }
+};
+
+// The same for a kernel's results, as calls: inlined into an unrolled loop over channels, their branches multiply.
+static __device__ __attribute__((noinline)) float finish(Norm norm, float v, int c) { return norm(v, c); }
+static __device__ __attribute__((noinline)) float finish_gradient(Norm norm, float grad, float v, int c) {
+  return norm.gradient(grad, v, c);
+}
+
+inline Norm make_norm(const void *stats, int64_t channels, int activation, double slope) {
+  return Norm{static_cast<const float *>(stats), static_cast<int>(channels), activation, static_cast<float>(slope)};
+}
+
+// Values of neighbouring channels that one thread moves at once: 16 bytes, or one where channels do not divide.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+template <class T>
+constexpr int kWide = 16 / int(sizeof(T));
+
+inline bool wide(int64_t channels, int64_t lanes) { return channels % lanes == 0; }
+
+}  // namespace ff
+
+#endif

@@ -1,0 +1,530 @@
+// Grouped and depthwise convolutions of NHWC tensors, forward and backward. The input is normalised and activated as it
+// is loaded (deferred batch normalisation), so that between two convolutions only raw outputs are stored.
+//
+// A general block holds a tile of the input with its halo and a slice of the weights in shared memory, both in float32;
+// a thread computes several output channels of one pixel. The gradient of the input is the same kernel: a convolution
+// of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes 16 bytes of
+// neighbouring channels of four pixels in a row.
+#include "channels.cuh"
+
+namespace {
+
+constexpr int kTileWidth = 16, kTileHeight = 8, kPixels = kTileWidth * kTileHeight;
+constexpr int kChunk = 8;  // input channels in shared memory at a time, output channels of a weight gradient's block
+constexpr int kSharedBytes = 46 << 10;
+constexpr int kLanes = 32, kRows = 8, kThreads = 256;
+constexpr int kAcross = 4;  // pixels of a depthwise thread
+constexpr int kMostKernel = 7;
+constexpr int64_t kMostSlices = 256;
+
+// One pass from (batch, height, width, channels) to (batch, out_height, out_width, out_channels).
+struct Pass {
+  int batch, channels, height, width, out_channels, out_height, out_width;
+  int kernel, stride, padding, groups;
+  int up;           // the input is spread: only every up-th row and column of what the kernel sees holds values
+  bool transposed;  // weights are (channels, out_channels / groups, k, k), to be turned around
+  int chunk;        // input channels staged at a time
+
+  __host__ __device__ int group_in() const { return channels / groups; }
+  __host__ __device__ int group_out() const { return out_channels / groups; }
+  __host__ __device__ int tile_height() const { return (kTileHeight - 1) * stride + kernel; }
+  __host__ __device__ int tile_width() const { return (kTileWidth - 1) * stride + kernel; }
+  __host__ __device__ int plane() const { return tile_height() * tile_width() | 1; }  // odd: no bank conflicts
+  __host__ __device__ int tiles_x() const { return (out_width + kTileWidth - 1) / kTileWidth; }
+  __host__ __device__ int tiles_y() const { return (out_height + kTileHeight - 1) / kTileHeight; }
+  __host__ __device__ int64_t tiles() const { return int64_t(tiles_x()) * tiles_y() * batch; }
+};
+
+struct Tile {
+  int image, y, x;  // of the first output pixel
+
+  __device__ Tile(const Pass &p, int64_t number) {
+    x = static_cast<int>(number % p.tiles_x()) * kTileWidth;
+    number /= p.tiles_x();
+    y = static_cast<int>(number % p.tiles_y()) * kTileHeight;
+    image = static_cast<int>(number / p.tiles_y());
+  }
+};
+
+// tile[c][row][column] = the input of channels first, first + 1, ..., normalised; zero outside the image and past
+// `count`.
+template <class T>
+__device__ void stage_input(const Pass &p, const Tile &at, const T *__restrict__ x, const ff::Norm &norm, int first,
+                            int count, int slots, float *tile) {
+  const int width = p.tile_width(), area = p.tile_height() * width;
+  const int top = at.y * p.stride - p.padding, left = at.x * p.stride - p.padding;
+  const int64_t image = int64_t(at.image) * p.height * p.width;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < area * slots; i += kPixels) {
+    const int c = i % slots, place = i / slots;
+    const int row = top + place / width, column = left + place % width;
+    float v = 0;
+    if (c < count && row >= 0 && column >= 0 && row % p.up == 0 && column % p.up == 0 && row / p.up < p.height &&
+        column / p.up < p.width)
+      v = norm(ff::to_float(x[(image + int64_t(row / p.up) * p.width + column / p.up) * p.channels + first + c]),
+               first + c);
+    tile[c * p.plane() + place] = v;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float weight_at(const Pass &p, const T *__restrict__ weight, int group, int out, int in,
+                                           int tap) {
+  const int taps = p.kernel * p.kernel;
+  const int64_t row = p.transposed ? int64_t(group * p.group_in() + in) * p.group_out() + out
+                                   : int64_t(group * p.group_out() + out) * p.group_in() + in;
+  return ff::to_float(weight[row * taps + (p.transposed ? taps - 1 - tap : tap)]);
+}
+
+// grid: (tiles, groups * ceil(group_out / OC)). gate: the result is multiplied by the derivative of gate_norm's
+// activation at gate, a tensor of the output's shape; otherwise out_norm is applied to the result.
+template <class T, int OC, int K>
+__global__ void __launch_bounds__(kPixels)
+    conv_kernel(Pass p, const T *__restrict__ x, ff::Norm in_norm, const T *__restrict__ weight,
+                const T *__restrict__ bias, ff::Norm out_norm, const T *__restrict__ gate, ff::Norm gate_norm,
+                T *__restrict__ z) {
+  extern __shared__ float memory[];
+  constexpr int kSide = K > 0 ? K : 1;  // a kernel of unknown size is not unrolled
+  const int k = K > 0 ? K : p.kernel, taps = k * k;
+  float *tile = memory, *weights = memory + p.chunk * p.plane();  // weights: [channel][tap][OC]
+  const Tile at(p, blockIdx.x);
+  const int parts = (p.group_out() + OC - 1) / OC, group = blockIdx.y / parts, first_out = blockIdx.y % parts * OC;
+  const int dy = threadIdx.x / kTileWidth, dx = threadIdx.x % kTileWidth;
+  const int width = p.tile_width(), corner = dy * p.stride * width + dx * p.stride;
+  float sum[OC];
+#pragma unroll
+  for (int o = 0; o < OC; ++o) sum[o] = 0;
+  for (int first = 0; first < p.group_in(); first += p.chunk) {
+    const int count = min(p.chunk, p.group_in() - first);
+    __syncthreads();
+    stage_input(p, at, x, in_norm, group * p.group_in() + first, count, count, tile);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count * taps * OC; i += kPixels) {
+      const int o = i % OC, tap = i / OC % taps, c = i / OC / taps;
+      weights[i] = first_out + o < p.group_out() ? weight_at(p, weight, group, first_out + o, first + c, tap) : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int c = 0; c < count; ++c) {
+      const float *source = tile + c * p.plane() + corner;
+      const float *w = weights + c * taps * OC;
+#pragma unroll kSide
+      for (int ky = 0; ky < k; ++ky)
+#pragma unroll kSide
+        for (int kx = 0; kx < k; ++kx) {
+          const float v = source[ky * width + kx];
+#pragma unroll
+          for (int o = 0; o < OC; ++o) sum[o] += v * w[(ky * k + kx) * OC + o];
+        }
+    }
+  }
+  const int y = at.y + dy, column = at.x + dx;
+  if (y >= p.out_height || column >= p.out_width) return;
+  const int64_t pixel = (int64_t(at.image) * p.out_height + y) * p.out_width + column;
+#pragma unroll
+  for (int o = 0; o < OC; ++o) {
+    if (first_out + o >= p.group_out()) continue;
+    const int channel = group * p.group_out() + first_out + o;
+    const int64_t place = pixel * p.out_channels + channel;
+    float v = sum[o];
+    if (gate != nullptr)
+      v = ff::finish_gradient(gate_norm, v, ff::to_float(gate[place]), channel);
+    else
+      v = ff::finish(out_norm, bias == nullptr ? v : v + ff::to_float(bias[channel]), channel);
+    z[place] = ff::from_float<T>(v);
+  }
+}
+
+// partial: (slices, weights). grid: (slices, groups * ceil(group_out / kChunk) * ceil(group_in / kChunk)).
+template <class T, int K>
+__global__ void __launch_bounds__(kPixels)
+    weight_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
+                           float *__restrict__ partial) {
+  constexpr int kMost = K > 0 ? K : kMostKernel, kOwn = (kChunk * kChunk * kMost * kMost + kPixels - 1) / kPixels;
+  extern __shared__ float memory[];
+  const int k = K > 0 ? K : p.kernel, taps = k * k;
+  float *tile = memory, *gradients = memory + p.chunk * p.plane();  // gradients: [pixel][kChunk + 1]
+  const int chunks = (p.group_in() + p.chunk - 1) / p.chunk, parts = (p.group_out() + kChunk - 1) / kChunk;
+  const int first_in = blockIdx.y % chunks * p.chunk, first_out = blockIdx.y / chunks % parts * kChunk;
+  const int group = blockIdx.y / chunks / parts;
+  const int inputs = min(p.chunk, p.group_in() - first_in), outputs = min(kChunk, p.group_out() - first_out);
+  const int owned = inputs * outputs * taps, width = p.tile_width();
+  float sum[kOwn];
+  int source[kOwn], output[kOwn];
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    const int i = min(owned - 1, int(threadIdx.x) + n * kPixels), tap = i % taps;
+    source[n] = i / taps % inputs * p.plane() + tap / k * width + tap % k;
+    output[n] = i / taps / inputs;
+    sum[n] = 0;
+  }
+  for (int64_t number = blockIdx.x; number < p.tiles(); number += gridDim.x) {
+    const Tile at(p, number);
+    __syncthreads();
+    stage_input(p, at, x, in_norm, group * p.group_in() + first_in, inputs, inputs, tile);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kPixels * outputs; i += kPixels) {
+      const int o = i % outputs, pixel = i / outputs, y = at.y + pixel / kTileWidth, column = at.x + pixel % kTileWidth;
+      float g = 0;
+      if (y < p.out_height && column < p.out_width)
+        g = ff::to_float(grad[((int64_t(at.image) * p.out_height + y) * p.out_width + column) * p.out_channels +
+                              group * p.group_out() + first_out + o]);
+      gradients[pixel * (kChunk + 1) + o] = g;
+    }
+    __syncthreads();
+    const int rows = min(kTileHeight, p.out_height - at.y), columns = min(kTileWidth, p.out_width - at.x);
+#pragma unroll 1
+    for (int y = 0; y < rows; ++y)
+#pragma unroll 1
+      for (int column = 0; column < columns; ++column) {
+        const float *g = gradients + (y * kTileWidth + column) * (kChunk + 1);
+        const float *v = tile + y * p.stride * width + column * p.stride;
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) sum[n] += g[output[n]] * v[source[n]];
+      }
+  }
+  const int64_t weights = int64_t(p.out_channels) * p.group_in() * taps;
+#pragma unroll
+  for (int n = 0; n < kOwn; ++n) {
+    const int i = int(threadIdx.x) + n * kPixels;
+    if (i >= owned) continue;
+    const int tap = i % taps, in = first_in + i / taps % inputs,
+              out = group * p.group_out() + first_out + i / taps / inputs;
+    partial[blockIdx.x * weights + (int64_t(out) * p.group_in() + in) * taps + tap] = sum[n];
+  }
+}
+
+template <class T>
+__global__ void sum_weights_kernel(const float *__restrict__ partial, int slices, int64_t weights,
+                                   T *__restrict__ out) {
+  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= weights) return;
+  double total = 0;
+  for (int slice = 0; slice < slices; ++slice) total += partial[slice * weights + i];
+  out[i] = ff::from_float<T>(static_cast<float>(total));
+}
+
+// weight: (channels, k, k).
+template <class T, int V, int K>
+__global__ void __launch_bounds__(kThreads)
+    depthwise_kernel(Pass p, const T *__restrict__ x, ff::Norm in_norm, const T *__restrict__ weight,
+                     const T *__restrict__ bias, ff::Norm out_norm, T *__restrict__ z) {
+  using Pack = ff::Pack<T, V>;
+  const int k = K > 0 ? K : p.kernel, packs = p.channels / V, across = (p.out_width + kAcross - 1) / kAcross;
+  int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= int64_t(p.batch) * p.out_height * across * packs) return;
+  const int c = static_cast<int>(i % packs) * V;
+  i /= packs;
+  const int column = static_cast<int>(i % across) * kAcross;
+  i /= across;
+  const int y = static_cast<int>(i % p.out_height);
+  const int64_t image = i / p.out_height;
+  float sum[kAcross][V];
+#pragma unroll
+  for (int r = 0; r < kAcross; ++r)
+#pragma unroll
+    for (int j = 0; j < V; ++j) sum[r][j] = bias == nullptr ? 0.0f : ff::to_float(bias[c + j]);
+#pragma unroll 1
+  for (int ky = 0; ky < k; ++ky) {
+    const int row = y * p.stride - p.padding + ky;
+    if (row < 0 || row >= p.height) continue;
+    const T *line = x + (image * p.height + row) * p.width * p.channels + c;
+#pragma unroll 1
+    for (int kx = 0; kx < k; ++kx) {
+      float w[V];
+#pragma unroll
+      for (int j = 0; j < V; ++j) w[j] = ff::to_float(weight[(int64_t(c + j) * k + ky) * k + kx]);
+#pragma unroll
+      for (int r = 0; r < kAcross; ++r) {
+        const int at = (column + r) * p.stride - p.padding + kx;
+        if (at < 0 || at >= p.width) continue;
+        const Pack values = *reinterpret_cast<const Pack *>(line + int64_t(at) * p.channels);
+#pragma unroll
+        for (int j = 0; j < V; ++j) sum[r][j] += w[j] * in_norm(ff::to_float(values.v[j]), c + j);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kAcross; ++r) {
+    if (column + r >= p.out_width) continue;
+    Pack values;
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(ff::finish(out_norm, sum[r][j], c + j));
+    *reinterpret_cast<Pack *>(z + ((image * p.out_height + y) * p.out_width + column + r) * p.channels + c) = values;
+  }
+}
+
+// p is the forward pass; grad has its output's shape, gate and grad_x its input's.
+template <class T, int V, int K>
+__global__ void __launch_bounds__(kThreads)
+    depthwise_input_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ weight,
+                                    const T *__restrict__ gate, ff::Norm gate_norm, T *__restrict__ grad_x) {
+  using Pack = ff::Pack<T, V>;
+  const int k = K > 0 ? K : p.kernel, packs = p.channels / V;
+  int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
+  if (i >= int64_t(p.batch) * p.height * p.width * packs) return;
+  const int64_t pixel = i / packs;
+  const int c = static_cast<int>(i % packs) * V;
+  const int column = static_cast<int>(pixel % p.width), row = static_cast<int>(pixel / p.width % p.height);
+  const int64_t image = pixel / p.width / p.height;
+  float sum[V];
+#pragma unroll
+  for (int j = 0; j < V; ++j) sum[j] = 0;
+#pragma unroll 1
+  for (int ky = 0; ky < k; ++ky) {
+    const int y = row + p.padding - ky;
+    if (y < 0 || y % p.stride != 0 || y / p.stride >= p.out_height) continue;
+#pragma unroll 1
+    for (int kx = 0; kx < k; ++kx) {
+      const int at = column + p.padding - kx;
+      if (at < 0 || at % p.stride != 0 || at / p.stride >= p.out_width) continue;
+      const Pack values = *reinterpret_cast<const Pack *>(
+          grad + ((image * p.out_height + y / p.stride) * p.out_width + at / p.stride) * p.channels + c);
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        sum[j] += ff::to_float(weight[(int64_t(c + j) * k + ky) * k + kx]) * ff::to_float(values.v[j]);
+    }
+  }
+  const Pack at = *reinterpret_cast<const Pack *>(gate + pixel * p.channels + c);
+  Pack values;
+#pragma unroll
+  for (int j = 0; j < V; ++j)
+    values.v[j] = ff::from_float<T>(ff::finish_gradient(gate_norm, sum[j], ff::to_float(at.v[j]), c + j));
+  *reinterpret_cast<Pack *>(grad_x + pixel * p.channels + c) = values;
+}
+
+// partial: (slices, channels, k, k). A block takes kLanes channels, one slice of the output's pixels, and all taps of a
+// 3x3 kernel or (K = 0) the one tap blockIdx.z.
+template <class T, int K>
+__global__ void __launch_bounds__(kLanes *kRows)
+    depthwise_weight_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
+                                     float *__restrict__ partial) {
+  constexpr int kSide = K > 0 ? K : 1;
+  __shared__ float rows[kRows][kLanes];
+  const int k = K > 0 ? K : p.kernel, c = blockIdx.y * kLanes + threadIdx.x;
+  const int first_y = K > 0 ? 0 : blockIdx.z / k, first_x = K > 0 ? 0 : blockIdx.z % k;
+  float sum[kSide * kSide];
+#pragma unroll
+  for (int tap = 0; tap < kSide * kSide; ++tap) sum[tap] = 0;
+  const int64_t pixels = int64_t(p.batch) * p.out_height * p.out_width;
+  if (c < p.channels)
+#pragma unroll 1
+    for (int64_t i = blockIdx.x * kRows + threadIdx.y; i < pixels; i += int64_t(gridDim.x) * kRows) {
+      const float g = ff::to_float(grad[i * p.channels + c]);
+      const int left = static_cast<int>(i % p.out_width) * p.stride - p.padding + first_x;
+      const int top = static_cast<int>(i / p.out_width % p.out_height) * p.stride - p.padding + first_y;
+      const int64_t image = i / p.out_width / p.out_height;
+#pragma unroll
+      for (int ky = 0; ky < kSide; ++ky)
+#pragma unroll
+        for (int kx = 0; kx < kSide; ++kx) {
+          const int row = top + ky, column = left + kx;
+          if (row >= 0 && row < p.height && column >= 0 && column < p.width)
+            sum[ky * kSide + kx] +=
+                g * in_norm(ff::to_float(x[((image * p.height + row) * p.width + column) * p.channels + c]), c);
+        }
+    }
+#pragma unroll
+  for (int tap = 0; tap < kSide * kSide; ++tap) {
+    __syncthreads();
+    rows[threadIdx.y][threadIdx.x] = sum[tap];
+    __syncthreads();
+    if (threadIdx.y == 0 && c < p.channels) {
+      float total = 0;
+      for (int row = 0; row < kRows; ++row) total += rows[row][threadIdx.x];
+      const int ky = first_y + tap / kSide, kx = first_x + tap % kSide;
+      partial[((int64_t(blockIdx.x) * p.channels + c) * k + ky) * k + kx] = total;
+    }
+  }
+}
+
+Pass make_pass(int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t out_channels, int64_t kernel,
+               int64_t stride, int64_t padding, int64_t groups) {
+  Pass p{};
+  p.batch = static_cast<int>(batch);
+  p.channels = static_cast<int>(channels);
+  p.height = static_cast<int>(height);
+  p.width = static_cast<int>(width);
+  p.out_channels = static_cast<int>(out_channels);
+  p.out_height = static_cast<int>((height + 2 * padding - kernel) / stride + 1);
+  p.out_width = static_cast<int>((width + 2 * padding - kernel) / stride + 1);
+  p.kernel = static_cast<int>(kernel);
+  p.stride = static_cast<int>(stride);
+  p.padding = static_cast<int>(padding);
+  p.groups = static_cast<int>(groups);
+  p.up = 1;
+  p.transposed = false;
+  return p;
+}
+
+bool valid(const Pass &p) {
+  const auto below = [](int64_t value) { return value < (int64_t(1) << 31); };
+  return p.batch > 0 && p.kernel >= 1 && p.kernel <= kMostKernel && p.stride >= 1 && p.padding >= 0 &&
+         p.padding < p.kernel && p.groups >= 1 && p.channels % p.groups == 0 && p.out_channels % p.groups == 0 &&
+         p.out_height >= 1 && p.out_width >= 1 && below(p.tiles()) && p.groups * ((p.group_out() + 3) / 4) <= 65535 &&
+         below(int64_t(p.height) * p.width * p.channels) && below(int64_t(p.out_height) * p.out_width * p.out_channels);
+}
+
+bool depthwise(const Pass &p) { return p.groups == p.channels && p.out_channels == p.channels; }
+
+// Input channels per stage such that `rest(chunk)` further floats fit beside the tile.
+template <class F>
+int choose_chunk(const Pass &p, F rest) {
+  int chunk = p.group_in() < kChunk ? p.group_in() : kChunk;
+  while (chunk > 1 && (chunk * p.plane() + rest(chunk)) * int(sizeof(float)) > kSharedBytes) --chunk;
+  return chunk;
+}
+
+template <class T, int OC>
+int launch_conv(Pass p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm, const T *gate,
+                ff::Norm gate_norm, T *z, cudaStream_t stream) {
+  const auto rest = [&](int chunk) { return chunk * p.kernel * p.kernel * OC; };
+  p.chunk = choose_chunk(p, rest);
+  const size_t bytes = size_t(p.chunk * p.plane() + rest(p.chunk)) * sizeof(float);
+  if (bytes > 48 << 10) return FF_BAD_ARGUMENT;
+  const dim3 grid(static_cast<unsigned>(p.tiles()), static_cast<unsigned>(p.groups * ff::ceil_div(p.group_out(), OC)));
+  if (p.kernel == 1)
+    conv_kernel<T, OC, 1><<<grid, kPixels, bytes, stream>>>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z);
+  else if (p.kernel == 3)
+    conv_kernel<T, OC, 3><<<grid, kPixels, bytes, stream>>>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z);
+  else
+    conv_kernel<T, OC, 0><<<grid, kPixels, bytes, stream>>>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z);
+  return cudaGetLastError();
+}
+
+template <class T>
+int run_conv(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm,
+             const T *gate, ff::Norm gate_norm, T *z, cudaStream_t stream) {
+  if (p.group_out() <= 4) return launch_conv<T, 4>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
+  if (p.group_out() <= 8) return launch_conv<T, 8>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
+  return launch_conv<T, 16>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
+}
+
+template <class T, int V>
+int run_depthwise(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm, T *z,
+                  cudaStream_t stream) {
+  const int64_t items = int64_t(p.batch) * p.out_height * ff::ceil_div(p.out_width, kAcross) * (p.channels / V);
+  const unsigned blocks = ff::blocks_for(items, kThreads, INT32_MAX);
+  if (p.kernel == 3)
+    depthwise_kernel<T, V, 3><<<blocks, kThreads, 0, stream>>>(p, x, in_norm, weight, bias, out_norm, z);
+  else
+    depthwise_kernel<T, V, 0><<<blocks, kThreads, 0, stream>>>(p, x, in_norm, weight, bias, out_norm, z);
+  return cudaGetLastError();
+}
+
+template <class T, int V>
+int run_depthwise_input_gradient(const Pass &p, const T *grad, const T *weight, const T *gate, ff::Norm gate_norm,
+                                 T *grad_x, cudaStream_t stream) {
+  const int64_t items = int64_t(p.batch) * p.height * p.width * (p.channels / V);
+  const unsigned blocks = ff::blocks_for(items, kThreads, INT32_MAX);
+  if (p.kernel == 3)
+    depthwise_input_gradient_kernel<T, V, 3><<<blocks, kThreads, 0, stream>>>(p, grad, weight, gate, gate_norm, grad_x);
+  else
+    depthwise_input_gradient_kernel<T, V, 0><<<blocks, kThreads, 0, stream>>>(p, grad, weight, gate, gate_norm, grad_x);
+  return cudaGetLastError();
+}
+
+int64_t weight_slices(const Pass &p) {
+  if (depthwise(p)) return ff::blocks_for(int64_t(p.batch) * p.out_height * p.out_width, 16 * kRows, kMostSlices);
+  return p.tiles() < kMostSlices ? p.tiles() : kMostSlices;
+}
+
+int64_t weight_count(const Pass &p) { return int64_t(p.out_channels) * p.group_in() * p.kernel * p.kernel; }
+
+}  // namespace
+
+extern "C" int ff_cuda_conv_forward(const void *x, const void *x_stats, int x_activation, double x_slope,
+                                    const void *weight, const void *bias, void *z, const void *y_stats,
+                                    int y_activation, double y_slope, int64_t batch, int64_t channels, int64_t height,
+                                    int64_t width, int64_t out_channels, int64_t kernel, int64_t stride,
+                                    int64_t padding, int64_t groups, int dtype, void *stream) {
+  if (batch == 0) return FF_OK;
+  const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
+  if (!valid(p)) return FF_BAD_ARGUMENT;
+  const ff::Norm in = ff::make_norm(x_stats, channels, x_activation, x_slope);
+  const ff::Norm out = ff::make_norm(y_stats, out_channels, y_activation, y_slope);
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    const T *input = static_cast<const T *>(x), *w = static_cast<const T *>(weight), *b = static_cast<const T *>(bias);
+    T *output = static_cast<T *>(z);
+    if (!depthwise(p)) return run_conv<T>(p, input, in, w, b, out, nullptr, out, output, s);
+    if (ff::wide(channels, ff::kWide<T>)) return run_depthwise<T, ff::kWide<T>>(p, input, in, w, b, out, output, s);
+    return run_depthwise<T, 1>(p, input, in, w, b, out, output, s);
+  });
+}
+
+extern "C" int ff_cuda_conv_input_gradient(const void *grad, const void *weight, const void *x, const void *x_stats,
+                                           int x_activation, double x_slope, void *grad_x, int64_t batch,
+                                           int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                                           int64_t kernel, int64_t stride, int64_t padding, int64_t groups, int dtype,
+                                           void *stream) {
+  if (batch == 0) return FF_OK;
+  const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
+  Pass turned =
+      make_pass(batch, out_channels, p.out_height, p.out_width, channels, kernel, 1, kernel - 1 - padding, groups);
+  turned.out_height = p.height;
+  turned.out_width = p.width;
+  turned.up = p.stride;
+  turned.transposed = true;
+  if (!valid(p) || !valid(turned)) return FF_BAD_ARGUMENT;
+  const ff::Norm gate_norm = ff::make_norm(x_stats, channels, x_activation, x_slope);
+  const ff::Norm none = ff::make_norm(nullptr, out_channels, FF_NONE, 0);
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    const T *g = static_cast<const T *>(grad), *w = static_cast<const T *>(weight), *gate = static_cast<const T *>(x);
+    T *out = static_cast<T *>(grad_x);
+    if (!depthwise(p)) return run_conv<T>(turned, g, none, w, nullptr, none, gate, gate_norm, out, s);
+    if (ff::wide(channels, ff::kWide<T>))
+      return run_depthwise_input_gradient<T, ff::kWide<T>>(p, g, w, gate, gate_norm, out, s);
+    return run_depthwise_input_gradient<T, 1>(p, g, w, gate, gate_norm, out, s);
+  });
+}
+
+extern "C" int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t channels, int64_t height,
+                                                          int64_t width, int64_t out_channels, int64_t kernel,
+                                                          int64_t stride, int64_t padding, int64_t groups) {
+  const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
+  return batch == 0 || !valid(p) ? 0 : weight_slices(p) * weight_count(p) * int64_t(sizeof(float));
+}
+
+extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
+                                            double x_slope, void *grad_weight, int64_t batch, int64_t channels,
+                                            int64_t height, int64_t width, int64_t out_channels, int64_t kernel,
+                                            int64_t stride, int64_t padding, int64_t groups, void *workspace, int dtype,
+                                            void *stream) {
+  if (batch == 0) return FF_OK;
+  Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
+  if (!valid(p)) return FF_BAD_ARGUMENT;
+  const auto rest = [](int) { return kPixels * (kChunk + 1); };
+  p.chunk = choose_chunk(p, rest);
+  const size_t bytes = size_t(p.chunk * p.plane() + rest(p.chunk)) * sizeof(float);
+  const int64_t parts = p.groups * ff::ceil_div(p.group_out(), kChunk) * ff::ceil_div(p.group_in(), p.chunk);
+  if (bytes > 48 << 10 || parts > 65535) return FF_BAD_ARGUMENT;
+  const ff::Norm in = ff::make_norm(x_stats, channels, x_activation, x_slope);
+  const int64_t slices = weight_slices(p), weights = weight_count(p);
+  const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(parts));
+  const dim3 columns(static_cast<unsigned>(slices), static_cast<unsigned>(ff::ceil_div(channels, kLanes)));
+  const dim3 taps(columns.x, columns.y, static_cast<unsigned>(kernel * kernel));
+  const dim3 block(kLanes, kRows);
+  float *partial = static_cast<float *>(workspace);
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+  return ff::dispatch(dtype, [&](auto zero) -> int {
+    using T = decltype(zero);
+    const T *g = static_cast<const T *>(grad), *input = static_cast<const T *>(x);
+    if (depthwise(p) && p.kernel == 3)
+      depthwise_weight_gradient_kernel<T, 3><<<columns, block, 0, s>>>(p, g, input, in, partial);
+    else if (depthwise(p))
+      depthwise_weight_gradient_kernel<T, 0><<<taps, block, 0, s>>>(p, g, input, in, partial);
+    else if (p.kernel == 1)
+      weight_gradient_kernel<T, 1><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
+    else if (p.kernel == 3)
+      weight_gradient_kernel<T, 3><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
+    else
+      weight_gradient_kernel<T, 0><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
+    sum_weights_kernel<T><<<ff::blocks_for(weights, kThreads, INT32_MAX), kThreads, 0, s>>>(
+        partial, static_cast<int>(slices), weights, static_cast<T *>(grad_weight));
+    return cudaGetLastError();
+  });
+}

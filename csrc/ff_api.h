@@ -1,0 +1,277 @@
+// The ABI of the native kernels: plain C, no PyTorch. One declaration per entry.
+//
+// Conventions. Pointers address contiguous memory unless an entry says otherwise. Sizes are int64_t. Nothing here
+// allocates device memory, synchronises, throws or keeps a pointer. The caller has checked shapes and types; an entry
+// returns FF_OK or an error code, positive codes being cudaError_t. Entries of libffcpu take the number of threads,
+// entries of libffcuda the stream (a cudaStream_t) and run on the current device.
+#ifndef FF_API_H
+#define FF_API_H
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define FF_EXPORT __declspec(dllexport)
+#else
+#define FF_EXPORT __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum ff_error { FF_OK = 0, FF_UNSUPPORTED_DTYPE = -1, FF_BAD_ARGUMENT = -2, FF_OUT_OF_MEMORY = -3 };
+enum ff_dtype { FF_FLOAT32 = 0, FF_FLOAT64 = 1, FF_FLOAT16 = 2, FF_BFLOAT16 = 3 };
+enum ff_layout { FF_NCHW = 0, FF_NHWC = 1 };
+enum ff_resample { FF_RESAMPLE_NONE = 0, FF_RESAMPLE_UP = 1, FF_RESAMPLE_DOWN = 2 };
+enum ff_activation { FF_NONE = 0, FF_RELU = 1, FF_LEAKY_RELU = 2, FF_SILU = 3 };
+
+// y = channel shuffle of x: out channel i * groups + j is in channel j * (channels / groups) + i. The backward pass is
+// the same entry with channels / groups in the place of groups. `spatial` = H * W.
+FF_EXPORT int ff_cpu_channel_shuffle(const void *x, void *y, int64_t batch, int64_t channels, int64_t spatial,
+                                     int64_t groups, int layout, int dtype, int threads);
+FF_EXPORT int ff_cuda_channel_shuffle(const void *x, void *y, int64_t batch, int64_t channels, int64_t spatial,
+                                      int64_t groups, int layout, int dtype, void *stream);
+
+// Boxes (batch, anchors, 4) as x1 y1 x2 y2 and points (batch, anchors, coordinates) from regressions of the same shapes
+// against priors (anchors, 4) cx cy w h; v0, v1 are the variances. Float32 and float64.
+FF_EXPORT int ff_cpu_decode(const void *bbox, const void *landmarks, const void *priors, void *boxes, void *points,
+                            int64_t batch, int64_t anchors, int64_t coordinates, double v0, double v1, int dtype);
+// Bytes of workspace for nms and detect: `candidates` boxes enter, `kept` leave at most.
+FF_EXPORT int64_t ff_cpu_detection_workspace(int64_t candidates, int64_t kept, int dtype);
+// Greedy suppression of boxes (count, 4), scores (count,) `score_stride` elements apart. Writes the indices it keeps,
+// best first, to keep (count,) and returns their number, or a negative error code.
+FF_EXPORT int64_t ff_cpu_nms(const void *boxes, const void *scores, int64_t score_stride, int64_t count,
+                             double threshold, int64_t *keep, void *workspace, int dtype);
+// Filter, top-k, decoding and suppression for one image. Writes up to keep_top_k rows of boxes (., 4), kept_scores (.,)
+// and points (., coordinates), and returns their number, or a negative error code.
+FF_EXPORT int64_t ff_cpu_detect(const void *bbox, const void *scores, int64_t score_stride, const void *landmarks,
+                                const void *priors, int64_t anchors, int64_t coordinates, double score_threshold,
+                                double nms_threshold, int64_t top_k, int64_t keep_top_k, double v0, double v1,
+                                void *boxes, void *kept_scores, void *points, void *workspace, int dtype);
+
+// The same on a device, for float32 and half precision: sizes are the limits, the number of results is written to
+// *total on the device. nms takes a workspace for (count, count), detect for (anchors, top_k), keep_top_k <= top_k <=
+// anchors.
+FF_EXPORT int ff_cuda_decode(const void *bbox, const void *landmarks, const void *priors, void *boxes, void *points,
+                             int64_t batch, int64_t anchors, int64_t coordinates, double v0, double v1, int dtype,
+                             void *stream);
+FF_EXPORT int64_t ff_cuda_detection_workspace(int64_t candidates, int64_t limit);
+FF_EXPORT int ff_cuda_nms(const void *boxes, const void *scores, int64_t score_stride, int64_t count, double threshold,
+                          int64_t *keep, int64_t *total, void *workspace, int dtype, void *stream);
+FF_EXPORT int ff_cuda_detect(const void *bbox, const void *scores, int64_t score_stride, const void *landmarks,
+                             const void *priors, int64_t anchors, int64_t coordinates, double score_threshold,
+                             double nms_threshold, int64_t top_k, int64_t keep_top_k, double v0, double v1, void *boxes,
+                             void *kept_scores, void *points, int64_t *total, void *workspace, int dtype, void *stream);
+
+// Bytes of workspace for preprocess.
+FF_EXPORT int64_t ff_cpu_preprocess_workspace(int64_t height, int64_t width, int64_t resized_height,
+                                              int64_t resized_width, int out_dtype, int threads);
+// image (batch, height, width, 3), strides in elements, uint8 (in_dtype -1) or out_dtype -> out (batch, 3,
+// canvas_height, canvas_width): resized, at (top, left) on a canvas of zeros, channels reversed if flip, minus the
+// means mean0..2 of the output's channels.
+FF_EXPORT int ff_cpu_preprocess(const void *image, int64_t batch_stride, int64_t row_stride, int64_t pixel_stride,
+                                int64_t channel_stride, int64_t batch, int64_t height, int64_t width, void *out,
+                                int64_t resized_height, int64_t resized_width, int64_t canvas_height,
+                                int64_t canvas_width, int64_t top, int64_t left, int flip, double mean0, double mean1,
+                                double mean2, void *workspace, int in_dtype, int out_dtype, int threads);
+// The same on a device; the image is uint8 or float32, the output float32 or half precision.
+FF_EXPORT int ff_cuda_preprocess(const void *image, int64_t batch_stride, int64_t row_stride, int64_t pixel_stride,
+                                 int64_t channel_stride, int64_t batch, int64_t height, int64_t width, void *out,
+                                 int64_t resized_height, int64_t resized_width, int64_t canvas_height,
+                                 int64_t canvas_width, int64_t top, int64_t left, int flip, double mean0, double mean1,
+                                 double mean2, int in_dtype, int out_dtype, void *stream);
+
+// Batch normalisation around convolutions. Tensors are NHWC. `stats` is (4, channels): mean, biased variance, scale and
+// shift, with y = (z - mean) * scale + shift. `sums` is (2, channels) in double: of g and of g * (z - mean), g being
+// the gradient of the batch normalisation's output. Activations are applied to y, or to z where stats is NULL; slope is
+// that of the leaky ReLU below zero. Workspaces have the size in bytes that the function before them returns.
+FF_EXPORT int ff_cpu_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
+                                             double eps, int64_t channels, void *stats, int dtype);
+FF_EXPORT int64_t ff_cpu_batch_norm_workspace(int64_t channels, int dtype, int threads);
+// y = activation((z - mean) * scale + shift); y may be z.
+FF_EXPORT int ff_cpu_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,
+                                      int64_t pixels, int64_t channels, void *workspace, int dtype, int threads);
+// g = grad * activation'((z - mean) * scale + shift), not stored where g is NULL, and its sums.
+FF_EXPORT int ff_cpu_batch_norm_reduce(const void *grad, const void *z, const void *stats, int activation, double slope,
+                                       void *g, double *sums, int64_t pixels, int64_t channels, void *workspace,
+                                       int dtype, int threads);
+
+// z = conv(x_activation(batch norm(x))) + bias, kernel k x k, k <= 7, weight (O, C / groups, k, k), z dense.
+// Pixels of x are x_pixel elements apart. x_stats NULL: x as it is. stats not NULL: filled with the statistics of z and
+// the coefficients that bn_weight, bn_bias (NULL: 1, 0) and eps make of them. y_stats, y_activation: applied to z
+// before it is stored.
+FF_EXPORT int64_t ff_cpu_conv_workspace(int is_backward, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                        int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
+                                        int64_t groups, int dtype, int threads);
+FF_EXPORT int ff_cpu_conv_forward(const void *x, int64_t x_pixel, const void *x_stats, int x_activation, double x_slope,
+                                  const void *weight, const void *bias, void *z, void *stats, const void *bn_weight,
+                                  const void *bn_bias, double eps, const void *y_stats, int y_activation,
+                                  double y_slope, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                  int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding, int64_t groups,
+                                  void *workspace, int dtype, int threads);
+// The backward pass of the same. grad is g, or with `activation` the gradient of activation(batch norm(z)). stats NULL:
+// no batch normalisation; training: its statistics were the batch's, and sums are needed. grad_x (NULL: not wanted) is
+// the gradient of x_activation's argument, x_sums (may be NULL) its sums; grad_weight may be NULL.
+FF_EXPORT int ff_cpu_conv_backward(const void *grad, int64_t grad_pixel, const void *z, int64_t z_pixel,
+                                   const void *stats, const double *sums, int training, int activation, double slope,
+                                   double eps, const void *x, int64_t x_pixel, const void *x_stats, int x_activation,
+                                   double x_slope, const void *weight, void *grad_x, int64_t grad_x_pixel,
+                                   double *x_sums, void *grad_weight, int64_t batch, int64_t channels, int64_t height,
+                                   int64_t width, int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
+                                   int64_t groups, void *workspace, int dtype, int threads);
+
+// Batch normalisation around convolutions on a device, as above, with stats in float32 whatever the dtype. backward:
+// the gradient of z from that of the output; sums NULL where the statistics were given.
+FF_EXPORT int ff_cuda_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
+                                              double eps, int64_t channels, void *stats, int dtype, void *stream);
+FF_EXPORT int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels);
+FF_EXPORT int ff_cuda_batch_norm_statistics(const void *z, const void *weight, const void *bias, double eps,
+                                            void *stats, int64_t pixels, int64_t channels, void *workspace, int dtype,
+                                            void *stream);
+FF_EXPORT int ff_cuda_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,
+                                       int64_t pixels, int64_t channels, int dtype, void *stream);
+FF_EXPORT int ff_cuda_batch_norm_reduce(const void *grad, const void *z, const void *stats, int activation,
+                                        double slope, double *sums, int64_t pixels, int64_t channels, void *workspace,
+                                        int dtype, void *stream);
+FF_EXPORT int ff_cuda_batch_norm_backward(const void *grad, const void *z, const void *stats, const double *sums,
+                                          int activation, double slope, double eps, void *out, int64_t pixels,
+                                          int64_t channels, int dtype, void *stream);
+// Convolutions on a device, as above, of dense NHWC tensors. grad is the gradient of z; input_gradient multiplies by
+// the derivative of x_activation.
+FF_EXPORT int ff_cuda_conv_forward(const void *x, const void *x_stats, int x_activation, double x_slope,
+                                   const void *weight, const void *bias, void *z, const void *y_stats, int y_activation,
+                                   double y_slope, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                   int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
+                                   int64_t groups, int dtype, void *stream);
+FF_EXPORT int ff_cuda_conv_input_gradient(const void *grad, const void *weight, const void *x, const void *x_stats,
+                                          int x_activation, double x_slope, void *grad_x, int64_t batch,
+                                          int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                                          int64_t kernel, int64_t stride, int64_t padding, int64_t groups, int dtype,
+                                          void *stream);
+FF_EXPORT int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                                         int64_t out_channels, int64_t kernel, int64_t stride,
+                                                         int64_t padding, int64_t groups);
+FF_EXPORT int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
+                                           double x_slope, void *grad_weight, int64_t batch, int64_t channels,
+                                           int64_t height, int64_t width, int64_t out_channels, int64_t kernel,
+                                           int64_t stride, int64_t padding, int64_t groups, void *workspace, int dtype,
+                                           void *stream);
+
+// From the predictors' maps of one level, z (batch, pixels, anchors * 16) with the channels of the box, class and
+// landmark predictors one after the other, to rows of bbox (batch, rows, 4), cls (batch, rows, 2) and landmarks (batch,
+// rows, 10) from first_row on, `anchors` per pixel; and back for gradients, NULL meaning zero. probabilities: cls of a
+// softmax.
+FF_EXPORT int ff_cpu_multi_head_scatter(const void *z, int64_t batch, int64_t pixels, int64_t anchors, int softmax,
+                                        void *bbox, void *cls, void *landmarks, int64_t first_row, int64_t rows,
+                                        int dtype, int threads);
+FF_EXPORT int ff_cpu_multi_head_gather(const void *bbox, const void *cls, const void *landmarks,
+                                       const void *probabilities, int64_t batch, int64_t pixels, int64_t anchors,
+                                       void *z, int64_t first_row, int64_t rows, int dtype, int threads);
+
+// The seams of the SSH block. Three branches, slices of channels of raw NHWC outputs with their stats (NULL: activated
+// already): y = relu(concatenation), shuffled, dense. split: from the gradient of y, those of the branches' batch
+// normalised values (pixels g_pixel elements apart) and their sums.
+FF_EXPORT int64_t ff_cpu_ssh_grouped_workspace(int64_t channels0, int64_t channels1, int64_t channels2, int dtype,
+                                               int threads);
+FF_EXPORT int ff_cpu_ssh_grouped_join(const void *z0, int64_t pixel0, int64_t channels0, const void *stats0,
+                                      const void *z1, int64_t pixel1, int64_t channels1, const void *stats1,
+                                      const void *z2, int64_t pixel2, int64_t channels2, const void *stats2,
+                                      int64_t pixels, int64_t groups, void *y, void *workspace, int dtype, int threads);
+FF_EXPORT int ff_cpu_ssh_grouped_split(const void *grad, const void *z0, int64_t pixel0, int64_t channels0,
+                                       const void *stats0, const void *z1, int64_t pixel1, int64_t channels1,
+                                       const void *stats1, const void *z2, int64_t pixel2, int64_t channels2,
+                                       const void *stats2, int64_t pixels, int64_t groups, void *g0, int64_t g_pixel0,
+                                       double *sums0, void *g1, int64_t g_pixel1, double *sums1, void *g2,
+                                       int64_t g_pixel2, double *sums2, void *workspace, int dtype, int threads);
+// An engine's plan (engine/plan.py, cpu/engine.h): `count` rows of int64_t, whose names ff_cpu_engine_fields lists,
+// separated by commas. arena: floats, of which thread i uses scratch_size from scratch + i * scratch_size on. image:
+// batch images image_bytes apart, as the plan's first block reads them. bbox, cls, landmarks: (batch, anchors, 4, 2 or
+// 10). `lanes` must be ff_cpu_engine_lanes(), the vector width that the plan was packed for. seconds: null, or one
+// double per row, to which the time of the step that ends there is added.
+FF_EXPORT int ff_cpu_engine_run(const void *plan, int64_t count, void *arena, int64_t scratch, int64_t scratch_size,
+                                const void *weights, const void *image, int64_t image_bytes, void *bbox, void *cls,
+                                void *landmarks, int64_t anchors, int64_t batch, void *seconds, int lanes, int threads);
+FF_EXPORT const char *ff_cpu_engine_fields(void);
+FF_EXPORT int ff_cpu_engine_lanes(void);
+
+// Modulated deformable convolution, NHWC, H' x W' output: offset (batch, H', W', 2 K) as (dy, dx) per tap, mask (batch,
+// H', W', K), weight (O, C, kernel_h, kernel_w). stats not NULL: filled with the statistics of z and the
+// coefficients that bn_weight, bn_bias (NULL: 1, 0) and eps make of them. y_stats, y_activation: applied to z before it
+// is stored.
+FF_EXPORT int64_t ff_cpu_deform_conv_workspace(int is_backward, int64_t batch, int64_t channels, int64_t height,
+                                               int64_t width, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
+                                               int64_t stride, int64_t padding, int dtype, int threads);
+FF_EXPORT int ff_cpu_deform_conv_forward(const void *x, const void *offset, const void *mask, const void *weight,
+                                         const void *bias, void *z, void *stats, const void *bn_weight,
+                                         const void *bn_bias, double eps, const void *y_stats, int y_activation,
+                                         double y_slope, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                         int64_t out_channels, int64_t kernel_h, int64_t kernel_w, int64_t stride,
+                                         int64_t padding, void *workspace, int dtype, int threads);
+// The backward pass of the same; stats, sums, training and activation as in ff_cpu_conv_backward. grad_x, grad_offset,
+// grad_mask and grad_weight may each be NULL: not wanted.
+FF_EXPORT int ff_cpu_deform_conv_backward(const void *grad, const void *z, const void *stats, const double *sums,
+                                          int training, int activation, double slope, double eps, const void *x,
+                                          const void *offset, const void *mask, const void *weight, void *grad_x,
+                                          void *grad_offset, void *grad_mask, void *grad_weight, int64_t batch,
+                                          int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                                          int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
+                                          void *workspace, int dtype, int threads);
+
+// The fusion of a BiFPN node, NHWC: v (batch, height, width, C) = sum of w_i * resampled(x_i) over up to three inputs
+// (NULL ends the list) of sizes height_i x width_i, w = relu(fusion_weight) / (sum of relu(fusion_weight (weights,)) +
+// epsilon). resample_i is an ff_resample; `same` pads the maximum with zeros.
+FF_EXPORT int ff_cpu_bifpn_fuse(const void *x0, const void *x1, const void *x2, int resample0, int resample1,
+                                int resample2, int64_t height0, int64_t width0, int64_t height1, int64_t width1,
+                                int64_t height2, int64_t width2, const void *fusion_weight, int64_t weights,
+                                double epsilon, int same, int64_t batch, int64_t channels, int64_t height,
+                                int64_t width, void *v, int dtype, int threads);
+FF_EXPORT int64_t ff_cpu_bifpn_fuse_workspace(int threads);
+// Its backward pass, grad being that of v; grad0..2 and grad_weight (weights,) may each be NULL: not wanted.
+FF_EXPORT int ff_cpu_bifpn_fuse_backward(const void *x0, const void *x1, const void *x2, int resample0, int resample1,
+                                         int resample2, int64_t height0, int64_t width0, int64_t height1,
+                                         int64_t width1, int64_t height2, int64_t width2, const void *fusion_weight,
+                                         int64_t weights, double epsilon, int same, int64_t batch, int64_t channels,
+                                         int64_t height, int64_t width, const void *grad, void *grad0, void *grad1,
+                                         void *grad2, double *grad_weight, void *workspace, int dtype, int threads);
+
+// One application of CBAM to x (batch, height, width, C), in two calls with a batch normalisation between them.
+// maps: pooled (2, batch, C), the mean and maximum per channel; gate (batch, C) = sigmoid(MLP(mean) + MLP(maximum)),
+// the MLP (hidden, mlp_width), (hidden,), (mlp_width, hidden), (mlp_width,), biases NULL or not, on every chunk of
+// mlp_width channels; maps (batch, 2 groups, height, width), the mean and maximum of x * gate over each group's
+// channels, spatial_order 1: maximum first; z (batch, groups, height, width), their convolution with conv_weight
+// (groups, 2, kernel, kernel). apply: y = x * gate * spatial + residual (NULL: 0), relu of that, spatial (batch,
+// groups, pixels).
+FF_EXPORT int64_t ff_cpu_cbam_workspace(int is_backward, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                        int64_t hidden, int64_t mlp_width, int64_t groups, int64_t kernel,
+                                        int spatial_order, int dtype, int threads);
+FF_EXPORT int ff_cpu_cbam_maps(const void *x, const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
+                               const void *fc2_bias, const void *conv_weight, void *pooled, void *gate, void *maps,
+                               void *z, int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t hidden,
+                               int64_t mlp_width, int64_t groups, int64_t kernel, int spatial_order, void *workspace,
+                               int dtype, int threads);
+FF_EXPORT int ff_cpu_cbam_apply(const void *x, const void *gate, const void *spatial, const void *residual, int relu,
+                                void *y, int64_t batch, int64_t channels, int64_t pixels, int64_t groups, int dtype,
+                                int threads);
+// The backward pass, from grad of y; y is what apply wrote if it ended in a ReLU, else NULL. First the gradient of
+// spatial, then, from grad_z of z, all others: grad_x includes grad itself where add_grad (the residual was x); it may
+// be NULL, and so may grad_conv.
+FF_EXPORT int ff_cpu_cbam_spatial_gradient(const void *grad, const void *y, const void *x, const void *gate,
+                                           void *grad_spatial, int64_t batch, int64_t channels, int64_t pixels,
+                                           int64_t groups, int dtype, int threads);
+FF_EXPORT int ff_cpu_cbam_backward(const void *grad, const void *y, const void *x, const void *fc1_weight,
+                                   const void *fc1_bias, const void *fc2_weight, const void *fc2_bias,
+                                   const void *conv_weight, const void *pooled, const void *gate, const void *maps,
+                                   const void *spatial, const void *grad_z, int add_grad, void *grad_x,
+                                   double *grad_fc1_weight, double *grad_fc1_bias, double *grad_fc2_weight,
+                                   double *grad_fc2_bias, double *grad_conv, int64_t batch, int64_t channels,
+                                   int64_t height, int64_t width, int64_t hidden, int64_t mlp_width, int64_t groups,
+                                   int64_t kernel, int spatial_order, void *workspace, int dtype, int threads);
+
+// Number of CUDA devices, or the negated cudaError_t where the driver cannot say.
+FF_EXPORT int ff_cuda_device_count(void);
+FF_EXPORT const char *ff_cuda_error_string(int code);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

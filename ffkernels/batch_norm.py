@@ -1,0 +1,69 @@
+"""Batch normalisation as an op argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class BatchNorm(NamedTuple):
+    """What a fused op needs of one ``nn.BatchNorm2d``: y = (x - mean) / sqrt(var + eps) * weight + bias.
+
+    ``training=True`` normalises with the batch's own mean and biased variance and, if running statistics are given,
+    updates them in place: ``running = (1 - momentum) * running + momentum * batch`` (unbiased variance).
+    ``training=False`` normalises with the running statistics. All tensors are (C,).
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.BatchNorm2d,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        num_batches_tracked: Tensor | None = None,
+    ) -> BatchNorm:
+        """The state of ``module`` for one forward pass; counts the batch exactly as ``nn.BatchNorm2d.forward`` does.
+
+        A module whose affine parameters serve several uses passes the statistics of the use at hand: all three tensors.
+        They are used and updated whether or not the module tracks any of its own.
+        """
+        if not isinstance(module, nn.BatchNorm2d):
+            raise TypeError(
+                f"fused modules normalise with nn.BatchNorm2d, found {type(module).__name__}: "
+                "SyncBatchNorm and replaced normalisation layers are not supported"
+            )
+        if running_mean is None and module.track_running_stats:
+            running_mean, running_var = module.running_mean, module.running_var
+            num_batches_tracked = module.num_batches_tracked
+        momentum = 0.0 if module.momentum is None else module.momentum
+        if module.training and num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if module.momentum is None:
+                momentum = 1.0 / float(num_batches_tracked)
+        training = module.training or running_mean is None
+        return cls(module.weight, module.bias, running_mean, running_var, training, momentum, module.eps)
+
+
+def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, int]]) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` for (bn, mean, biased variance, values per channel)."""
+    tracked = [use for use in uses if use[0].running_mean is not None]
+    if not tracked:
+        return
+    with torch.no_grad():
+        for momentum in dict.fromkeys(bn.momentum for bn, *_ in tracked):
+            group = [use for use in tracked if use[0].momentum == momentum]
+            var = torch._foreach_mul([v for _, _, v, _ in group], [n / (n - 1) for *_, n in group])
+            running = [bn.running_mean for bn, *_ in group] + [bn.running_var for bn, *_ in group]
+            batch = [m.to(r.dtype) for m, r in zip([*(m for _, m, _, _ in group), *var], running)]
+            torch._foreach_lerp_(running, batch, momentum)

@@ -1,0 +1,57 @@
+"""The C++ kernels for the CPU: loads the widest instruction set that this machine runs, and calls into it."""
+
+from __future__ import annotations
+
+import functools
+
+from .. import config
+from ..native import FOLDER, build_info, module
+
+_loaded: str | None = None
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets that were built and that this machine runs, narrowest first."""
+    native, _ = module()
+    built = build_info()["cpu"].get("instruction_sets", {})
+    return [] if native is None else [isa for isa in native.cpu_instruction_sets() if isa in built]
+
+
+def set_isa(isa: str | None = None) -> str:
+    """Load the kernels of one instruction set (default: the widest, at most ``FF_CPU_ISA``). Returns its name.
+
+    Kernels of all instruction sets may be loaded in turn, which is how tests reach each of them.
+    """
+    global _loaded
+    native, reason = module()
+    if native is None:
+        raise RuntimeError(f"no C++ kernels: {reason}")
+    usable = instruction_sets()
+    limit = isa or config.cpu_isa_limit() or usable[-1]
+    if limit not in usable:
+        name = "isa" if isa else "FF_CPU_ISA"
+        raise ValueError(f"{name}={limit!r} cannot be used here; use one of: {', '.join(usable)}")
+    native.load_cpu(str(FOLDER / "lib" / f"libffcpu_{limit}.so"))
+    _loaded = limit
+    return limit
+
+
+def loaded_isa() -> str | None:
+    """Name of the instruction set in use, ``None`` if the kernels do not load."""
+    return None if unavailable() else _loaded
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """Why the C++ kernels cannot run, ``None`` if they can. Loads them on the first call.
+
+    A wrong ``FF_CPU_ISA`` raises: it was asked for."""
+    native, reason = module()
+    if native is None:
+        return reason
+    if _loaded is None:
+        try:
+            set_isa()
+        except RuntimeError as error:
+            return str(error)
+    return None

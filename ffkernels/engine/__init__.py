@@ -1,0 +1,13 @@
+"""Inference engines: a whole network, planned once for an input size, run many times. CPU.
+
+>>> engine = ffkernels.engine.build(model, (1, 3, 640, 640))     # doctest: +SKIP
+>>> bbox, cls, landmarks = engine(x)                             # doctest: +SKIP
+>>> print(engine.plan())                                         # doctest: +SKIP
+
+See docs/engine.md for the design.
+"""
+
+from .builder import Builder
+from .engine import Engine, build, unavailable
+
+__all__ = ["Builder", "Engine", "build", "unavailable"]

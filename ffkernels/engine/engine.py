@@ -1,0 +1,273 @@
+"""The engine as its user sees it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import cpu
+from ..native import check, module
+from .builder import Builder
+from .plan import Plan, make_plan
+
+INPUTS = ("float32_nchw", "uint8_hwc")
+OUTPUTS = ("raw", "softmax")
+DTYPES = ("float32",)
+CACHE_BYTES = 2**30
+"""Arenas of cached plans take at most this, the one in use excepted."""
+CACHE_PLANS = 32
+
+
+def unavailable() -> str | None:
+    """Why no engine can be built here, ``None`` if one can."""
+    return cpu.unavailable()
+
+
+class _Planned:
+    """A plan and the arenas that its calls take turns to use."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.arenas: list[np.ndarray] = []
+
+    def take(self) -> np.ndarray:
+        """An arena, 64-byte aligned."""
+        try:
+            return self.arenas.pop()
+        except IndexError:
+            raw = np.empty(self.plan.arena + 32, np.float32)
+            start = (-raw.ctypes.data // 4) % 16
+            return raw[start : start + self.plan.arena + 16]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.plan.arena * max(1, len(self.arenas))
+
+
+class Engine:
+    """A network ready to run on the CPU. Made by :func:`build`.
+
+    Calls are safe from several threads: each has an arena of its own. The results do not depend on the number of
+    threads. Batches run image after image, all threads on each.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_shape: Sequence[int],
+        dtype: str = "float32",
+        threads: int | None = None,
+        input: str = "float32_nchw",
+        outputs: str = "softmax",
+    ) -> None:
+        for name, value, allowed in (("dtype", dtype, DTYPES), ("input", input, INPUTS), ("outputs", outputs, OUTPUTS)):
+            if value not in allowed:
+                raise ValueError(f"engine: {name}={value!r} is not a valid value; use one of: {', '.join(allowed)}")
+        if threads is not None and threads < 1:
+            raise ValueError(f"engine: threads={threads} must be at least 1")
+        if (reason := unavailable()) is not None:
+            raise RuntimeError(f"engine: the C++ kernels cannot be used: {reason}")
+        self.input, self.outputs, self.dtype, self.threads = input, outputs, dtype, threads
+        self.isa = cpu.loaded_isa()
+        native, _ = module()
+        self._native = native
+        self._lanes = native.ff_cpu_engine_lanes()
+        self._fields = native.ff_cpu_engine_fields().strip(",").split(",")
+        builder = Builder(self._lanes, input)
+        builder.name_parameters(model)
+        builder.describe(model)
+        self._builder = builder
+        self._weights = builder.weights.array()
+        self._packed = builder.packed()
+        self._lock = threading.Lock()
+        self._plans: OrderedDict[tuple[int, int, int], _Planned] = OrderedDict()
+        self._seconds: np.ndarray | None = None
+        self._profiled: tuple[int, int, int] | None = None
+        height, width = self._image_size(tuple(input_shape))
+        self._shape = (height, width)
+        self._planned(height, width, self._thread_count())
+
+    def __repr__(self) -> str:
+        return f"Engine({self.input}, {self.outputs}, {self.dtype}, {self.isa}, {len(self._plans)} plans)"
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the network.
+
+        Args:
+            x: ``"float32_nchw"``: (B, 3, H, W) float32, as the model takes it. ``"uint8_hwc"``: (B, H, W, 3) or
+                (H, W, 3) uint8, blue, green, red. On the CPU; copied if it is not contiguous. B may be 0, H and W are
+                any from 1.
+
+        Returns:
+            bbox (B, N, 4), cls (B, N, 2), landmarks (B, N, 10), as the model in evaluation mode: cls are probabilities,
+            or logits where the engine was built with ``outputs="raw"``.
+
+        Raises:
+            TypeError: x is not a tensor of that dtype.
+            ValueError: wrong shape or device.
+        """
+        return self._run(x, None)
+
+    def _run(self, x: Tensor, seconds: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor]:
+        x, batch, height, width = self._checked(x)
+        threads = self._thread_count()
+        planned = self._planned(height, width, threads)
+        plan = planned.plan
+        outputs = tuple(torch.empty(batch, plan.anchors, k) for k in (4, 2, 10))
+        if batch == 0:
+            return outputs
+        arena = planned.take()
+        try:
+            code = self._native.ff_cpu_engine_run(
+                plan.rows.ctypes.data,
+                len(plan.rows),
+                arena.ctypes.data,
+                plan.scratch,
+                plan.scratch_size,
+                self._weights.ctypes.data,
+                x.data_ptr(),
+                x.element_size() * 3 * height * width,
+                *(out.data_ptr() for out in outputs),
+                plan.anchors,
+                batch,
+                0 if seconds is None else seconds.ctypes.data,
+                self._lanes,
+                threads,
+            )
+        finally:
+            planned.arenas.append(arena)
+        if code == -2 and cpu.loaded_isa() != self.isa:
+            raise RuntimeError(
+                f"engine: it was built for {self.isa}, but the kernels of {cpu.loaded_isa()} are loaded; build it again"
+            )
+        check(code, "engine", x)
+        return outputs
+
+    def _checked(self, x: Tensor) -> tuple[Tensor, int, int, int]:
+        dtype = torch.float32 if self.input == "float32_nchw" else torch.uint8
+        if not isinstance(x, Tensor) or x.dtype != dtype:
+            got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"engine: the input must be a tensor of {dtype}, got {got}")
+        if x.device.type != "cpu":
+            raise ValueError(f"engine: the input is on {x.device}, the engine runs on the CPU")
+        if self.input == "uint8_hwc" and x.dim() == 3:
+            x = x.unsqueeze(0)
+        channels = 1 if self.input == "float32_nchw" else 3
+        if x.dim() != 4 or x.shape[channels] != 3:
+            layout = "(B, 3, H, W)" if channels == 1 else "(B, H, W, 3)"
+            raise ValueError(f"engine: the input must be {layout}, got {tuple(x.shape)}")
+        height, width = (x.shape[2], x.shape[3]) if channels == 1 else (x.shape[1], x.shape[2])
+        if height == 0 or width == 0:
+            raise ValueError(f"engine: the input has no pixels: {tuple(x.shape)}")
+        return x.detach().contiguous(), x.shape[0], height, width
+
+    def _image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        size = shape[-2:] if self.input == "float32_nchw" else shape[-3:-1]
+        channels = shape[-3:-2] if self.input == "float32_nchw" else shape[-1:]
+        if len(shape) not in (3, 4) or channels != (3,) or any(side < 1 for side in size):
+            layout = "(B, 3, H, W)" if self.input == "float32_nchw" else "(B, H, W, 3)"
+            raise ValueError(f"engine: input_shape must be {layout}, got {shape}")
+        return size
+
+    def _thread_count(self) -> int:
+        return self.threads or torch.get_num_threads()
+
+    def _planned(self, height: int, width: int, threads: int) -> _Planned:
+        key = (height, width, threads)
+        with self._lock:
+            planned = self._plans.get(key)
+            if planned is None:
+                b = self._builder
+                plan = make_plan(
+                    b.nodes,
+                    b.heads,
+                    self._fields,
+                    self._lanes,
+                    self._packed,
+                    (height, width),
+                    threads,
+                    self.outputs != "raw",
+                )
+                planned = self._plans[key] = _Planned(plan)
+            self._plans.move_to_end(key)
+            while len(self._plans) > 1 and (
+                len(self._plans) > CACHE_PLANS or sum(p.bytes for p in self._plans.values()) > CACHE_BYTES
+            ):
+                self._plans.popitem(last=False)
+            return planned
+
+    def profile(self, x: Tensor, repeats: int = 20) -> str:
+        """Run ``x`` that many times with a clock after every step; :meth:`plan` then has times. Returns its text.
+
+        Every step ends with a barrier here, so the sum is somewhat more than a plain call takes.
+        """
+        _, batch, height, width = self._checked(x)
+        key = (height, width, self._thread_count())
+        rows = len(self._planned(*key).plan.rows)
+        runs = np.zeros((repeats, rows))
+        self._run(x, None)
+        for seconds in runs:
+            self._run(x, seconds)
+        self._seconds, self._profiled = np.median(runs, axis=0) / max(batch, 1), key
+        return self.plan()
+
+    def plan(self) -> str:
+        """The steps: blocks, output, MFLOP, kilobytes read and written; after :meth:`profile` also time and GFLOP/s."""
+        key = self._profiled or next(reversed(self._plans))
+        plan = self._planned(*key).plan
+        lines = [
+            f"{key[1]}x{key[0]}, {key[2]} threads, {self.dtype} on {self.isa}: {len(plan.steps)} steps, "
+            f"{plan.barriers} barriers, {sum(s.flops for s in plan.steps) / 1e6:.1f} MFLOP, "
+            f"arena {4 * plan.scratch / 2**20:.2f} MB + {key[2]} x {4 * plan.scratch_size / 1024:.0f} kB of scratch, "
+            f"weights {self._weights.nbytes / 2**20:.2f} MB",
+            f"{'us':>7} {'GFLOP/s':>8} {'MFLOP':>7} {'kB':>7}  {'output':>14}  blocks (last layer)",
+        ]
+        for step in plan.steps:
+            time = rate = ""
+            if self._seconds is not None:
+                seconds = self._seconds[step.last_row]
+                time, rate = f"{1e6 * seconds:.1f}", f"{step.flops / max(seconds, 1e-9) / 1e9:.1f}"
+            output = "x".join(map(str, step.output))
+            lines.append(
+                f"{time:>7} {rate:>8} {step.flops / 1e6:>7.2f} {step.bytes / 1024:>7.0f}  {output:>14}  "
+                f"{step.kind} ({step.name})"
+            )
+        if self._seconds is not None:
+            lines.append(f"{1e6 * self._seconds.sum():>7.1f} us in all")
+        return "\n".join(lines)
+
+
+def build(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    dtype: str = "float32",
+    threads: int | None = None,
+    input: str = "float32_nchw",
+    outputs: str = "softmax",
+    **options: Any,
+) -> Engine:
+    """An engine for a model and an input size; called with another size, it plans and caches that too.
+
+    The model is read, not modified, and as in evaluation mode: batch normalisations are folded with their running
+    statistics, and later changes of the model do not reach the engine.
+
+    Args:
+        model: a network whose modules have ``ff_plan`` (docs/engine.md).
+        input_shape: (B, 3, H, W), or (B, H, W, 3) for ``"uint8_hwc"``; the batch size does not matter.
+        dtype: ``"float32"``; of the computation.
+        threads: ``None`` follows ``torch.get_num_threads()`` at every call.
+        input: ``"float32_nchw"``, or ``"uint8_hwc"``: bytes from which the engine subtracts the mean.
+        outputs: ``"softmax"`` (what the model returns in evaluation mode) or ``"raw"`` (class logits).
+
+    Raises:
+        TypeError: a module has no ``ff_plan``; the message names it.
+        ValueError: an argument is wrong, or the model has a layer that engines do not run.
+        RuntimeError: the C++ kernels are not available.
+    """
+    return Engine(model, input_shape, dtype, threads, input, outputs, **options)

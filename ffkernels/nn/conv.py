@@ -1,0 +1,167 @@
+"""Drop-in blocks of convolution, batch normalisation and activation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..batch_norm import BatchNorm
+from ..ops.conv_chain import conv_chain
+from ..ops.depthwise_separable import depthwise_separable
+from ..ops.grouped_conv_bn_act import grouped_conv_bn_act
+from ..params import ConvParams, ConvUnit
+from .module import FusedModule
+
+if TYPE_CHECKING:
+    from ..engine.builder import Builder
+    from ..engine.graph import Value
+
+
+def activation_layer(activation: str, negative_slope: float = 0.1) -> nn.Module:
+    """The stock layer for the name of an activation."""
+    layers = {
+        "none": nn.Identity,
+        "relu": lambda: nn.ReLU(inplace=True),
+        "leaky_relu": lambda: nn.LeakyReLU(negative_slope, inplace=True),
+        "silu": lambda: nn.SiLU(inplace=True),
+    }
+    if activation not in layers:
+        raise ValueError(f"unknown activation {activation!r}, use one of: {', '.join(layers)}")
+    return layers[activation]()
+
+
+class ConvBNAct(FusedModule, nn.Sequential):
+    """``nn.Sequential(nn.Conv2d, nn.BatchNorm2d, activation)`` run as one op, with the same parameter names.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, groups, bias: as for ``nn.Conv2d``. The padding is half of
+            the kernel.
+        activation: ``"none"``, ``"relu"``, ``"leaky_relu"`` or ``"silu"``.
+        negative_slope: slope of ``"leaky_relu"`` below zero.
+        eps, momentum: as for ``nn.BatchNorm2d``.
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)) for an odd kernel.
+    """
+
+    ff_op = "grouped_conv_bn_act"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        activation: str = "relu",
+        negative_slope: float = 0.1,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.append(nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=bias))
+        self.append(nn.BatchNorm2d(out_channels, eps=eps, momentum=momentum))
+        self.append(activation_layer(activation, negative_slope))
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def units(self) -> list[ConvUnit]:
+        """This block as part of a chain, for one forward pass."""
+        return [ConvUnit(ConvParams.of(self[0]), BatchNorm.of(self[1]), self.activation, self.negative_slope)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv, bn = ConvParams.of(self[0]), BatchNorm.of(self[1])
+        return grouped_conv_bn_act(x, conv, bn, self.activation, self.negative_slope, policy=self.ff_policy)
+
+    def ff_plan(self, builder: Builder, x: Value) -> Value:
+        return builder.conv(x, self[0], self[1], self.activation, self.negative_slope)
+
+
+class DepthwiseSeparable(FusedModule, nn.Sequential):
+    """MobileNetV1's block run as one op: 3x3 depthwise, BN, activation, 1x1, BN, activation, without biases.
+
+    Parameter names are those of the ``nn.Sequential`` of these six layers.
+
+    Args:
+        in_channels, out_channels: channels before and after the 1x1 convolution.
+        stride: of the depthwise convolution.
+        activation, negative_slope: as for :class:`ConvBNAct`, after each of the two convolutions.
+
+    Shape: (B, in_channels, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)).
+    """
+
+    ff_op = "depthwise_separable"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        activation: str = "leaky_relu",
+        negative_slope: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.append(nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False))
+        self.append(nn.BatchNorm2d(in_channels))
+        self.append(activation_layer(activation, negative_slope))
+        self.append(nn.Conv2d(in_channels, out_channels, 1, bias=False))
+        self.append(nn.BatchNorm2d(out_channels))
+        self.append(activation_layer(activation, negative_slope))
+        self.activation, self.negative_slope = activation, negative_slope
+
+    def units(self) -> list[ConvUnit]:
+        """This block as part of a chain, for one forward pass."""
+        rest = self.activation, self.negative_slope
+        return [
+            ConvUnit(ConvParams.of(self[0]), BatchNorm.of(self[1]), *rest),
+            ConvUnit(ConvParams.of(self[3]), BatchNorm.of(self[4]), *rest),
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_separable(
+            x,
+            ConvParams.of(self[0]),
+            BatchNorm.of(self[1]),
+            ConvParams.of(self[3]),
+            BatchNorm.of(self[4]),
+            self.activation,
+            self.negative_slope,
+            policy=self.ff_policy,
+        )
+
+    def ff_plan(self, builder: Builder, x: Value) -> Value:
+        return builder.depthwise_separable(x, self[0], self[1], self[3], self[4], self.activation, self.negative_slope)
+
+
+class ConvChain(FusedModule, nn.Sequential):
+    """``nn.Sequential`` of :class:`ConvBNAct` and :class:`DepthwiseSeparable` blocks, which fused runs as one op.
+
+    The blocks' own ``forward`` is called where it is plain PyTorch, or where a block has hooks.
+
+    Shape: that of the blocks, one after the other.
+    """
+
+    ff_op = "conv_chain"
+
+    def __init__(self, *blocks: ConvBNAct | DepthwiseSeparable) -> None:
+        super().__init__()
+        self.extend(blocks)
+
+    def ff_absorbed(self) -> Iterable[nn.Module]:
+        return () if self._runs_blocks() else self.children()
+
+    def _runs_blocks(self) -> bool:
+        return self.ff_policy.mode == "0" or any(_hooked(m) for block in self for m in block.modules())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._runs_blocks():
+            return nn.Sequential.forward(self, x)
+        return conv_chain(x, [unit for block in self for unit in block.units()], policy=self.ff_policy)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,0 +1,89 @@
+"""``featherface demo``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..detector import FaceDetector
+from ..draw import draw
+from ..errors import FeatherFaceError
+from ..files import atomic_write
+from . import options
+
+REPEATS = 10
+
+
+def photograph() -> np.ndarray:
+    """The astronaut Eileen Collins (NASA, public domain), as scikit-image ships her: (512, 512, 3) uint8.
+
+    Raises:
+        FeatherFaceError: scikit-image is not installed.
+    """
+    try:
+        from skimage.data import astronaut
+    except ImportError as error:
+        raise FeatherFaceError(
+            'the photograph comes with scikit-image, which is not installed: pip install "featherface[demo]"'
+        ) from error
+    return astronaut()
+
+
+def demo(
+    weights: options.Weights = None,
+    model: options.Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Annotated picture.")] = Path(
+        "featherface-demo.png"
+    ),
+    size: options.Size = None,
+    device: options.Device = "auto",
+    fused: options.Fused = None,
+    threads: options.Threads = None,
+) -> None:
+    """Find the face in a public-domain photograph; show the time of each stage and which kernels ran.
+
+    The photograph comes with scikit-image (extra: demo). Until trained weights come with this package, name some with
+    --weights.
+    """
+    options.writable_file(output, "--output")
+    detector = FaceDetector(weights, model, device, size=size, fused=fused, threads=threads)
+    image = photograph()
+    faces = detector.detect(image)
+    with atomic_write(output) as temporary:
+        draw(image, faces).save(temporary)
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table("face", "score", "x1", "y1", "x2", "y2", title=f"{len(faces)} found by {detector.model_name}")
+    for i, (box, score) in enumerate(zip(faces.boxes, faces.scores)):
+        table.add_row(str(i), f"{score:.3f}", *(f"{value:.1f}" for value in box))
+    console.print(table)
+    times = detector.profile(image, REPEATS)
+    height, width = faces.image_size
+    stages = Table("stage", "ms", title=f"{width}x{height} on {detector.device}, median of {REPEATS}")
+    for stage, milliseconds in times.items():
+        if milliseconds >= 0.001:
+            stages.add_row(stage, f"{milliseconds:.2f}")
+    console.print(stages)
+    console.print(f"network: {kernels_of(detector, image)}")
+    console.print(f"preprocessing and face selection: {_named(detector.stage_backends(image))}")
+    console.print(f"annotated picture: {output}")
+
+
+def kernels_of(detector: FaceDetector, image: np.ndarray) -> str:
+    """What runs the network: the engine, or the backends of its ops and the reasons for what is not fused."""
+    if detector.engine is not None:
+        return f"CPU engine ({detector.engine.isa})"
+    rows = detector.report(image)
+    reasons = sorted({row.reason for row in rows if row.backend == "reference" and row.reason})
+    return _named([row.backend for row in rows]) + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def _named(backends: list[str]) -> str:
+    names = {"reference": "plain PyTorch", "cpu": "C++", "cuda": "CUDA C++", "triton": "Triton"}
+    counts = Counter(names.get(backend, backend) for backend in backends)
+    return ", ".join(f"{count} ops {name}" for name, count in counts.most_common())

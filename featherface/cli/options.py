@@ -1,0 +1,74 @@
+"""Options that several subcommands share, and checks of what they name."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import FeatherFaceError
+
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights", "-w", metavar="FILE|NAME", help="Weights file, or a model whose weights come with the package."
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help="Model of the weights; by default told from the file."),
+]
+Score = Annotated[float, typer.Option("--score", min=0, max=1, help="Faces score more than this.")]
+Nms = Annotated[float, typer.Option("--nms", min=0, max=1, help="Largest intersection over union of two faces.")]
+Size = Annotated[
+    int | None,
+    typer.Option("--size", min=1, metavar="PIXELS", help="Scale the long side to this; default: as it is."),
+]
+Pad = Annotated[
+    float,
+    typer.Option("--pad", min=0, max=4, help="Border as a fraction of the long side, for faces that fill the image."),
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(
+        "--tile", min=64, metavar="PIXELS", help="Cut larger images into tiles, for tiny faces in large images."
+    ),
+]
+Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda or cuda:N.")]
+Fused = Annotated[
+    bool | None, typer.Option("--fused/--no-fused", help="Fused kernels, or plain PyTorch; default: FF_USE_FUSED.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's choice.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
+
+
+def writable_folder(path: Path, option: str) -> Path:
+    """``path``, created if need be, after proof that a file can be written there.
+
+    Raises:
+        FeatherFaceError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".featherface."):
+            pass
+    except OSError as error:
+        raise FeatherFaceError(f"{option} {path} cannot be written to: {error.strerror or error}") from error
+    return path
+
+
+def writable_file(path: Path, option: str) -> Path:
+    """``path``, after proof that its folder, created if need be, can be written to.
+
+    Raises:
+        FeatherFaceError: it cannot, or ``path`` is a folder or a file that may not be replaced.
+    """
+    if path.is_dir():
+        raise FeatherFaceError(f"{option} {path} is a folder; give the name of a file")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise FeatherFaceError(f"{option} {path} may not be overwritten (permission denied)")
+    writable_folder(path.absolute().parent, option)
+    return path

@@ -1,0 +1,172 @@
+"""Batches of views, in an order that depends on (seed, epoch) alone."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featherface.losses.targets import Targets
+
+from .augment import Augmentation, Look, crop, develop, draw_view, generator, view_faces
+from .dataset import FaceData
+
+
+class Batch(NamedTuple):
+    """What one step trains on.
+
+    Attributes:
+        images: (B, 3, S, S) float32, BGR minus the mean.
+        targets: the faces.
+        indices: (B,) int64, numbers of the images in the data set.
+        epoch: the epoch that the views were drawn for.
+    """
+
+    images: Tensor
+    targets: Targets
+    indices: np.ndarray
+    epoch: int
+
+
+class _Undeveloped(NamedTuple):
+    pixels: Tensor
+    look: Look
+    targets: Targets
+    indices: np.ndarray
+    epoch: int
+
+
+def epoch_order(train: np.ndarray, source: np.ndarray, weights: list[float], seed: int, epoch: int) -> np.ndarray:
+    """The images of one epoch, in the order in which they are seen.
+
+    An image whose source has the weight w is there floor(w) times, and once more in a share w - floor(w) of the epochs.
+
+    Args:
+        train: (n,) int64, numbers of images.
+        source: (n,) int64, the source of each.
+        weights: per source.
+    """
+    rng = generator(seed, epoch, 2**32 - 1)
+    whole = np.floor(np.asarray(weights))[source].astype(np.int64)
+    rest = np.asarray(weights)[source] - whole
+    order = np.repeat(train, whole + (rng.random(len(train)) < rest))
+    return order[rng.permutation(len(order))]
+
+
+class Loader:
+    """Batches of one epoch after another.
+
+    Args:
+        data: the training set.
+        augmentation: of the views.
+        batch_size: views in a batch of this process.
+        seed: of order and views.
+        device: where batches are wanted. With the data set's pixels on a GPU, views are made there.
+        workers: threads that prepare batches ahead; 0 prepares them when they are asked for. The batches do not depend
+            on it.
+        views: 0 draws new views in every epoch; n draws the same views again after n epochs.
+        rank, world_size: of this process among those that train together; each gets its own part of every batch.
+        multiple: the number of batches in an epoch is a multiple of this.
+
+    Attributes:
+        batches_per_epoch: batches of this process in an epoch.
+        wait_seconds: time spent waiting for batches so far.
+    """
+
+    def __init__(
+        self,
+        data: FaceData,
+        augmentation: Augmentation,
+        batch_size: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+        views: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        multiple: int = 1,
+    ) -> None:
+        self.data, self.augmentation, self.batch_size, self.seed = data, augmentation, batch_size, seed
+        self.device, self.workers, self.views = torch.device(device), workers, views
+        self.rank, self.world_size = rank, world_size
+        self.wait_seconds = 0.0
+        self._source = np.array([data.records[index].source for index in data.train], np.int64)
+        views = np.asarray(data.weights)[self._source].sum()
+        self.batches_per_epoch = max(1, int(views) // (batch_size * world_size * multiple)) * multiple
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from number ``first`` on. What is left over at its end is not seen in it."""
+        order = epoch_order(self.data.train, self._source, self.data.weights, self.seed, epoch)
+        together = self.batch_size * self.world_size
+        # A set smaller than a batch, or an epoch whose draw came out a little short, starts over.
+        order = np.resize(order if len(order) else self.data.train, self.batches_per_epoch * together)
+        batches = [
+            order[start + self.rank * self.batch_size :][: self.batch_size]
+            for start in range(first * together, len(order), together)
+        ]
+        prepared = self._ahead(batches, epoch) if self.workers else (self.prepare(b, epoch) for b in batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(prepared, None)
+            if batch is not None:
+                batch = self._finish(batch)
+            self.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def prepare(self, indices: np.ndarray, epoch: int) -> _Undeveloped | Batch:
+        """The views of some images: geometry, and on the CPU also colours."""
+        size, store = self.augmentation.size, self.data.store
+        pixels = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=store.pixels.device)
+        views, faces = [], []
+        for index, out in zip(indices.tolist(), pixels):
+            height, width = store.sizes[index].tolist()
+            boxes = self.data.boxes[index]
+            drawn = generator(self.seed, epoch % self.views if self.views else epoch, index)
+            view = draw_view(drawn, width, height, boxes, self.augmentation)
+            crop(store.image(index), view, out)
+            views.append(view)
+            faces.append(
+                view_faces(
+                    view, boxes, self.data.landmarks[index], self.data.ignored[index], size, self.augmentation.min_face
+                )
+            )
+        targets = Targets.build(
+            [f.boxes for f in faces],
+            [f.landmarks for f in faces],
+            [f.ignored for f in faces],
+            [self.data.records[index].annotation is not None for index in indices],
+        )
+        batch = _Undeveloped(pixels, Look.of(views, size), targets, indices, epoch)
+        if self.device.type == "cpu":
+            return self._finish(batch)
+        if pixels.device.type == "cpu":
+            batch = batch._replace(pixels=pixels.pin_memory(), targets=targets.pin_memory())
+        return batch
+
+    def _finish(self, batch: _Undeveloped | Batch) -> Batch:
+        if isinstance(batch, Batch):
+            return batch
+        images = develop(batch.pixels.to(self.device, non_blocking=True), batch.look)
+        return Batch(images, batch.targets.to(self.device, non_blocking=True), batch.indices, batch.epoch)
+
+    def _ahead(self, batches: list[np.ndarray], epoch: int) -> Iterator[_Undeveloped | Batch]:
+        with ThreadPoolExecutor(self.workers, "featherface-loader") as pool:
+            pending: deque[Future] = deque()
+            try:
+                for indices in batches:
+                    pending.append(pool.submit(self.prepare, indices, epoch))
+                    if len(pending) > 2 * self.workers:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()

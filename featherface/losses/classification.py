@@ -1,0 +1,42 @@
+"""Losses on the two logits of an anchor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+
+
+def face_logit(cls: Tensor) -> Tensor:
+    """The logit of a face, (..., 2) -> (...): its sigmoid is the softmax's probability."""
+    return cls[..., 1] - cls[..., 0]
+
+
+def ohem_cross_entropy(cls: Tensor, positive: Tensor, negative: Tensor, ratio: float = 7.0) -> Tensor:
+    """Cross entropy with hard negatives (Liu et al. 2016): all positives, and in each image the ``ratio`` times as many
+    negatives of largest loss.
+
+    Args:
+        cls: (B, N, 2) logits.
+        positive, negative: (B, N) bool.
+
+    Returns:
+        The sum, a scalar.
+    """
+    loss = cross_entropy(cls.flatten(0, 1), positive.flatten().long(), reduction="none").view(positive.shape)
+    wanted = (positive.sum(1, keepdim=True) * ratio).long()
+    # Losses are above 0 and the rest is 0, so that taking more than there are adds nothing.
+    hardest = torch.where(negative, loss, 0.0).sort(1, descending=True).values
+    rank = torch.arange(hardest.shape[1], device=cls.device)
+    return torch.where(positive, loss, 0.0).sum() + torch.where(rank < wanted, hardest, 0.0).sum()
+
+
+def quality_focal(logit: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
+    """Quality focal loss of each anchor (Li et al. 2020, equation 2): |q - p|^beta * BCE(p, q), p = sigmoid(logit).
+
+    Args:
+        logit: (...).
+        quality: (...), 0 to 1: the overlap that a positive reached, 0 for a negative.
+    """
+    weight = (torch.sigmoid(logit) - quality).abs().pow(beta)
+    return weight * binary_cross_entropy_with_logits(logit, quality, reduction="none")

@@ -1,0 +1,154 @@
+"""A model card made from a run's folder and measured results."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from featherface.errors import FeatherFaceError
+from featherface.models import create_model
+
+from .config import Config, from_dict
+from .run_folder import RunFolder, Table
+
+MODULES = {
+    "body": "backbone (MobileNetV1 x0.25)",
+    "backbone_cbam_manager": "attention on the backbone",
+    "bifpn": "feature pyramid",
+    "bifpn_cbam_manager": "attention on the pyramid",
+    "ssh": "context",
+    "shared_heads": "heads",
+    "dynamic_gate": "dynamic weight sharing",
+}
+
+
+def model_card(folder: str | os.PathLike, reports: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """The card of a run's model, as Markdown.
+
+    It states what the run's files and ``reports`` say, and nothing else: a result that was not measured is said not to
+    have been.
+
+    Args:
+        folder: of the run.
+        reports: title -> what ``featherface evaluate --output`` wrote, as dictionaries.
+
+    Raises:
+        FeatherFaceError: the folder holds no run.
+    """
+    folder = Path(folder)
+    state = RunFolder.peek(folder)
+    if state is None:
+        raise FeatherFaceError(f"{folder} holds no checkpoint of a training run")
+    config = from_dict(state["config"])
+    facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
+    validation = Table(folder / "validation.csv", []).read()
+    sections = [
+        f"# {config.model.name}",
+        "A face detector: boxes, scores and five landmarks (eyes, nose, corners of the mouth).",
+        _parameters(config),
+        _data(config),
+        _training(config, state, facts),
+        _results(validation, reports or {}),
+        _limits(config),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _parameters(config: Config) -> str:
+    model = create_model(config.model.name, fused=False, **config.model.options)
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        stem = name.split(".")[0].rstrip("0123456789")
+        title = MODULES.get(stem, stem)
+        counts[title] = counts.get(title, 0) + parameter.numel()
+    rows = [f"| {title} | {count:,} |" for title, count in counts.items()]
+    total = sum(parameter.numel() for parameter in model.parameters())
+    options = f" Options: `{json.dumps(config.model.options)}`." if config.model.options else ""
+    lines = ["## Network", "", f"{total:,} parameters; input BGR minus (104, 117, 123), any size.{options}", ""]
+    return "\n".join([*lines, "| part | parameters |", "|---|---|", *rows])
+
+
+def _data(config: Config) -> str:
+    rows = []
+    for source in config.data.sources:
+        use = "no annotations, through the teacher alone" if source.labels == "none" else "annotated"
+        held = f", {100 * source.validation:g} % of it kept for validation" if source.validation else ""
+        rows.append(f"- `{source.folder}`: {use}{held}; weight {source.weight:g}.")
+    return "\n".join(["## Training data", "", *rows])
+
+
+def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    distillation = config.distillation
+    lines = [
+        f"- {state['step']:,} steps, {state['epoch']} of {config.schedule.epochs} epochs, "
+        f"{config.batches.size * config.batches.accumulate * state['world_size']} views of "
+        f"{config.augmentation.size} x {config.augmentation.size} pixels a step.",
+        f"- {config.task.assigner} assignment, {config.task.classification} and {config.task.box} losses; "
+        f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}.",
+    ]
+    if distillation.teacher:
+        weights = {
+            "class": distillation.class_weight,
+            "box": distillation.box_weight,
+            "landmark": distillation.landmark_weight,
+            "feature": distillation.feature_weight,
+        }
+        terms = ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight)
+        lines.append(
+            f"- Teacher `{distillation.teacher}` (`{Path(distillation.weights).name}`); weights of its terms: {terms}; "
+            f"of the loss against annotations: {distillation.task_weight:g}."
+        )
+    if config.average.decay:
+        lines.append(f"- The weights are an exponential moving average with decay {config.average.decay:g}.")
+    made = [f"commit {facts['git']}" if facts.get("git") else "", f"PyTorch {facts['torch']}" if facts else ""]
+    made.append(facts.get("gpu") or ("CPU" if facts else ""))
+    if any(made):
+        lines.append(f"- Made with {', '.join(filter(None, made))}.")
+    return "\n".join(["## Training", "", *lines])
+
+
+def _results(validation: list[dict[str, str]], reports: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = ["## Results", ""]
+    if validation:
+        last = validation[-1]
+        values = [(key[3:], float(last[key])) for key in last if key.startswith("ap_")]
+        shown = ", ".join(f"{name} {100 * value:.2f}" for name, value in values if not math.isnan(value))
+        lines += [
+            f"Own validation part (plain AP at IoU 0.5, stored size, epoch {last['epoch']}): {shown}. It chose the "
+            "best epoch, so it flatters the model a little.",
+            "",
+        ]
+    if not reports:
+        lines.append("Not measured on any other data; no speed was measured.")
+    for title, report in reports.items():
+        facts = [f"{key}: {report[key]}" for key in ("protocol", "data_set", "device") if report.get(key)]
+        ap = report.get("ap") or report.get("average_precision") or {}
+        values = ", ".join(f"{name} {100 * _number(value):.2f}" for name, value in ap.items())
+        lines.append(f"- {title} ({'; '.join(facts)}): {values}")
+    return "\n".join(lines).rstrip()
+
+
+def _number(value: Any) -> float:
+    return float(value["value"] if isinstance(value, Mapping) else value)
+
+
+def _limits(config: Config) -> str:
+    smallest = max(config.augmentation.min_face, 1)
+    return "\n".join(
+        [
+            "## Limits, intended use, licence",
+            "",
+            f"- Made to find faces of about {smallest:g} pixels and more at the size that the network is shown; very "
+            "large faces (over half of the image) and heavily turned ones are found less reliably.",
+            "- It finds faces; it does not identify people, and must not be the only basis of a decision about one.",
+            "- Photographs from the web are not a fair sample of mankind: error rates by skin colour, age or sex were "
+            "not measured. Measure them on your own data before you rely on it.",
+            "- Landmarks come from the teacher where annotations have none.",
+            "- Code: MIT. The weights were trained on photographs whose licences are not clear; WIDER FACE is offered "
+            "for research. Judge for yourself whether that allows your use.",
+        ]
+    )

@@ -1,0 +1,150 @@
+"""Time and memory of one training step of a model: eager, channels_last, torch.compile, and FF_USE_FUSED=1.
+
+    python benchmarks/training_step.py --model featherface_v2 --batch 8 --size 320 --threads 1 2 --output steps.json
+
+A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True). Variants
+run in one process, interleaved, and the medians are printed with their ratios to eager. Memory is the peak resident
+size of a fresh process after its third step, less its size before the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import featherface
+import ffkernels
+from featherface.files import atomic_write
+from ffkernels.info import info
+
+VARIANTS = ("eager", "channels_last", "compile", "compile_channels_last", "fused", "fused_channels_last")
+
+
+def build(variant: str, name: str, batch: int, size: int) -> tuple[nn.Module, Callable[..., object], Tensor]:
+    """The model in training mode, what to call in its place, and an input."""
+    torch.manual_seed(0)
+    fused = variant.startswith("fused")
+    model = featherface.create_model(name, fused="1" if fused else "0").train()
+    x = torch.randn(batch, 3, size, size) * 50
+    if variant.endswith("channels_last"):
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not fused:
+            model = model.to(memory_format=torch.channels_last)
+    return model, torch.compile(model) if variant.startswith("compile") else model, x
+
+
+def make_step(variant: str, name: str, batch: int, size: int) -> Callable[[], float]:
+    model, call, x = build(variant, name, batch, size)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = sum(output.square().mean() for output in call(x))
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def status(field: str) -> int:
+    """Bytes of VmRSS (resident now) or VmHWM (resident at most) of this process; getrusage would count the parent's."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(variant: str, name: str, batch: int, size: int) -> int:
+    """Bytes by which the largest resident size during three steps exceeds that before the first."""
+    step = make_step(variant, name, batch, size)
+    before = status("VmRSS")
+    for _ in range(3):
+        step()
+    return status("VmHWM") - before
+
+
+def measure_memory(variant: str, arguments: argparse.Namespace, threads: int) -> float:
+    command = [sys.executable, __file__, "--memory-of", variant, "--model", arguments.model]
+    command += ["--batch", str(arguments.batch), "--size", str(arguments.size), "--threads", str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(run.stdout.split()[-1]) / 2**20
+
+
+def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    steps = {v: make_step(v, arguments.model, arguments.batch, arguments.size) for v in variants}
+    losses = {v: step() for v, step in steps.items()}
+    worst = max(abs(loss / losses["eager"] - 1) for loss in losses.values())
+    if worst > 1e-3:
+        sys.exit(f"the variants do not agree: first losses {losses}")
+    times: dict[str, list[float]] = {v: [] for v in variants}
+    for step in steps.values():
+        step()
+    for _ in range(arguments.rounds):
+        for variant, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[variant].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="featherface_v2", help="name of the model (default: featherface_v2)")
+    parser.add_argument("--batch", type=int, default=8, help="images per step (default: 8)")
+    parser.add_argument("--size", type=int, default=320, help="height and width of the images (default: 320)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
+    parser.add_argument("--rounds", type=int, default=11, help="steps per variant (default: 11)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        torch.set_num_threads(arguments.threads[0])
+        print(peak_memory(arguments.memory_of, arguments.model, arguments.batch, arguments.size))
+        return
+
+    rows = []
+    variants = ["eager", *(v for v in arguments.variants if v != "eager")]
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        times = measure_time(variants, arguments)
+        eager = statistics.median(times["eager"])
+        for variant, values in times.items():
+            median = statistics.median(values)
+            row = {
+                "variant": variant,
+                "threads": threads,
+                "ms": median,
+                "least_ms": min(values),
+                "speedup": eager / median,
+            }
+            if not arguments.no_memory:
+                row["peak_mib"] = measure_memory(variant, arguments, threads)
+            rows.append(row)
+            memory = f"  {row['peak_mib']:7.0f} MiB" if "peak_mib" in row else ""
+            print(f"{threads} threads  {variant:22} {median:8.1f} ms  {row['speedup']:5.2f}x eager{memory}", flush=True)
+    if arguments.output:
+        model = featherface.create_model(arguments.model, fused="1")
+        report = [row._asdict() for row in ffkernels.report(model.train())]
+        setting = {
+            "model": arguments.model,
+            "batch": arguments.batch,
+            "size": arguments.size,
+            "rounds": arguments.rounds,
+        }
+        with atomic_write(arguments.output) as path:
+            text = json.dumps({"setting": setting, "rows": rows, "ops": report, "machine": info()}, indent=1)
+            path.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

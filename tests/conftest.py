@@ -1,0 +1,34 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffkernels.cuda
+
+if emulation := os.environ.get("FF_TEST_CUDA_EMULATION"):
+    # test_cuda_emulation.py starts such processes. What torch.empty returns is NaN, so that unwritten outputs show.
+    ffkernels.cuda.emulate(emulation)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of shared data named by FEATHERFACE_DATA; tests that ask for it skip when it is missing."""
+    value = os.environ.get("FEATHERFACE_DATA")
+    if not value:
+        pytest.skip("FEATHERFACE_DATA is not set: it names the folder with the shared weights and photographs")
+    folder = Path(value).expanduser().resolve()
+    if not folder.is_dir():
+        pytest.skip(f"FEATHERFACE_DATA={value} is not a folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(data_dir: Path) -> Path:
+    """The published checkpoint of featherface_v1_ssh."""
+    path = data_dir / "weights" / "featherface_v1_published.pth"
+    if not path.is_file():
+        pytest.skip(f"{path} is missing")
+    return path

@@ -1,0 +1,107 @@
+"""The accuracy rule of kernels: no worse than PyTorch, both measured against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def convert(value: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
+    """Nested tuples and lists with every floating tensor converted, detached; leaves that take gradients still do."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            return value.to(device)
+        kept = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device) if dense(value) else None
+        copy = value.detach().to(device, dtype) if kept is None else kept.copy_(value.detach())
+        return copy.requires_grad_(value.requires_grad)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(convert(item, dtype, device) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(convert(item, dtype, device) for item in value)
+    return value
+
+
+def dense(x: Tensor) -> bool:
+    return x.dim() == 4 and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last))
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """The tensors inside nested tuples and lists, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors(item)]
+    return []
+
+
+def assert_no_worse(actual: Tensor, baseline: Tensor, exact: Tensor, factor: float, what: str) -> None:
+    """|actual - exact| <= factor * (what ``baseline`` is off by, at most) + 4 eps * (largest magnitude of ``exact``).
+
+    Args:
+        actual: what the kernel computed, float32 or half.
+        baseline: what PyTorch computed in the same dtype.
+        exact: the same in float64.
+        factor: 2 for outputs, 3 for gradients.
+        what: name in the message.
+    """
+    exact = exact.detach().cpu()
+    error = (actual.detach().cpu().double() - exact).abs()
+    theirs = (baseline.detach().cpu().double() - exact).abs()
+    assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(exact.shape)}"
+    if exact.numel() == 0:
+        return
+    limit = factor * theirs.max().item() + 4 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    worst = error.max().item()
+    if not worst <= limit:
+        flat = error.flatten().nan_to_num(nan=float("inf")).topk(min(5, error.numel()))
+        places = [
+            f"  {tuple(int(j) for j in torch.unravel_index(i, exact.shape))}: {actual.flatten()[i].item():.9g}, "
+            f"PyTorch {baseline.flatten()[i].item():.9g}, exact {exact.flatten()[i].item():.9g}"
+            for i in flat.indices
+        ]
+        raise AssertionError(
+            f"{what}: off by {worst:.3g}, PyTorch by {theirs.max().item():.3g}, allowed {limit:.3g}\n"
+            + "\n".join(places)
+        )
+
+
+def compare_kernel(
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    arguments: Sequence[Any],
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    gradients: bool = True,
+) -> None:
+    """Runs ``kernel`` in ``dtype`` and ``reference`` in ``dtype`` and float64 on copies of ``arguments`` (float64), and
+    holds outputs to 2x, gradients of every leaf and the state left in other tensors to 3x PyTorch's own error.
+
+    Gradients that vanish in exact arithmetic may be up to 1e-6 of the largest gradient.
+    """
+    runs = []
+    for run, kind in ((kernel, dtype), (reference, dtype), (reference, torch.float64)):
+        copies = convert(tuple(arguments), kind, device)
+        outputs = tensors(run(*copies))
+        leaves = [t for t in tensors(copies) if t.requires_grad]
+        state = [t for t in tensors(copies) if not t.requires_grad and t.is_floating_point()]
+        grads: list[Tensor | None] = []
+        if gradients and leaves:
+            generator = torch.Generator().manual_seed(1)
+            weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+            grads = list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
+        runs.append((outputs, grads, state))
+    for part, name, factor in ((0, "output", 2.0), (1, "gradient", 3.0), (2, "state", 3.0)):
+        exact_values = [t for t in runs[2][part] if t is not None]
+        largest = max((t.abs().max().item() for t in exact_values if t.numel()), default=0.0)
+        for i, (mine, theirs, exact) in enumerate(zip(*(run[part] for run in runs))):
+            assert (mine is None) == (exact is None), f"{name} {i}: {mine is None=}, {exact is None=}"
+            if exact is None:
+                continue
+            vanishing = part == 1 and exact.numel() and exact.abs().max().item() < 1e-12 * largest
+            if vanishing:
+                assert mine.abs().max().item() <= 1e-6 * largest, f"{name} {i} should vanish"
+            else:
+                assert_no_worse(mine, theirs, exact, factor, f"{name} {i}")

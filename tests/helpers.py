@@ -79,7 +79,8 @@ def compare_kernel(
     """Runs ``kernel`` in ``dtype`` and ``reference`` in ``dtype`` and float64 on copies of ``arguments`` (float64), and
     holds outputs to 2x, gradients of every leaf and the state left in other tensors to 3x PyTorch's own error.
 
-    Gradients that vanish in exact arithmetic may be up to 1e-6 of the largest gradient.
+    Gradients that cancel out (those of weights in front of a BatchNorm over few values, say: below 1e-2 of the largest
+    gradient in exact arithmetic) carry the rounding of what cancels: up to 1e-6 of the largest gradient is allowed.
     """
     runs = []
     for run, kind in ((kernel, dtype), (reference, dtype), (reference, torch.float64)):
@@ -100,8 +101,7 @@ def compare_kernel(
             assert (mine is None) == (exact is None), f"{name} {i}: {mine is None=}, {exact is None=}"
             if exact is None:
                 continue
-            vanishing = part == 1 and exact.numel() and exact.abs().max().item() < 1e-12 * largest
-            if vanishing:
-                assert mine.abs().max().item() <= 1e-6 * largest, f"{name} {i} should vanish"
-            else:
-                assert_no_worse(mine, theirs, exact, factor, f"{name} {i}")
+            cancels = part == 1 and exact.numel() and exact.abs().max().item() < 1e-2 * largest
+            if cancels and (mine.double() - exact).abs().max().item() <= 1e-6 * largest:
+                continue
+            assert_no_worse(mine, theirs, exact, factor, f"{name} {i}")

@@ -17,6 +17,7 @@ from faces import make_faces
 from PIL import Image
 
 import featherface
+import ffkernels.engine
 from featherface.data import Source
 from featherface.errors import CheckpointError, DataError, FeatherFaceError
 from featherface.models import save_weights
@@ -27,6 +28,7 @@ from featherface.training.curves import draw_curves
 from featherface.training.model_card import model_card
 from featherface.training.network import Network, Teacher, check_anchors, predict, set_prior
 from featherface.training.run_folder import RunFolder, Table
+from featherface.training.trainer import World
 
 ROOT = Path(__file__).parent.parent
 EPOCHS, STEPS = 2, 6
@@ -524,3 +526,26 @@ def test_the_ablation_resumes_and_makes_its_table(root, tmp_path, monkeypatch, c
     monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("a finished run was trained again"))
     training_ablation.main()
     assert (tmp_path / "table.md").read_text() == first
+
+
+def test_the_teachers_engine_predicts_what_the_teacher_does(root, tmp_path):
+    if (reason := ffkernels.engine.unavailable()) is not None:
+        pytest.skip(reason)
+    config = make_config(root, model__fused="1", distillation__feature_weight=0.0)
+    trainer = Trainer(config, tmp_path, False, World(0, 1, torch.device("cpu")), quiet=True)
+    try:
+        assert trainer.teacher.engine is not None
+        images = 50 * torch.randn(2, 3, 64, 64)
+        batch = type("Batch", (), {"indices": torch.arange(2).numpy(), "epoch": 0})
+        result, expected = trainer.teacher(batch, images), predict(trainer.teacher.model, images)
+    finally:
+        trainer.close()
+    for a, e in zip(result[:3], expected[:3]):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-3 * e.abs().max().item())
+
+
+def test_features_are_distilled_without_an_engine(root, tmp_path):
+    config = make_config(root, model__fused="1", distillation__feature_weight=0.5)
+    trainer = Trainer(config, tmp_path, False, World(0, 1, torch.device("cpu")), quiet=True)
+    trainer.close()
+    assert trainer.teacher.engine is None

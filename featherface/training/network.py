@@ -15,6 +15,7 @@ from featherface.losses import FeatureAdapters
 from featherface.models import FeatherFace
 from featherface.models.anchors import anchors
 from ffkernels import multi_head
+from ffkernels.engine import Engine
 
 
 class Predictions(NamedTuple):
@@ -53,10 +54,12 @@ class Teacher:
         model: any model of the registry.
         cache_gb: bytes of outputs to remember, in GiB.
         views: the number of epochs after which views repeat.
+        engine: of the same model, ``outputs="raw"``, that answers in its place, without features.
     """
 
-    def __init__(self, model: FeatherFace, cache_gb: float = 0.0, views: int = 0) -> None:
+    def __init__(self, model: FeatherFace, cache_gb: float = 0.0, views: int = 0, engine: Engine | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.engine = engine
         self.views = views
         self._room = int(cache_gb * 2**30) if views else 0
         self._memory: dict[tuple[int, int], tuple[Tensor, ...]] = {}
@@ -66,13 +69,13 @@ class Teacher:
     def __call__(self, batch: Batch, images: Tensor) -> Predictions:
         """The teacher's predictions for ``images``, the batch's images in the memory format that it wants."""
         if not self._room and not self._memory:
-            return predict(self.model, images)
+            return self._predict(images)
         keys = [(int(index), batch.epoch % self.views) for index in batch.indices]
         if all(key in self._memory for key in keys):
             self.remembered += len(keys)
             stored = zip(*(self._memory[key] for key in keys))
             return Predictions(*(torch.stack(tensors).to(images.device) for tensors in stored), ())
-        result = predict(self.model, images)
+        result = self._predict(images)
         outputs = [tensor.cpu() for tensor in result[:3]]
         size = sum(tensor[0].numel() * tensor.element_size() for tensor in outputs)
         for row, key in enumerate(keys):
@@ -80,6 +83,11 @@ class Teacher:
                 self._memory[key] = tuple(tensor[row].clone() for tensor in outputs)
                 self._room -= size
         return result._replace(features=())
+
+    def _predict(self, images: Tensor) -> Predictions:
+        if self.engine is not None:
+            return Predictions(*self.engine(images), ())
+        return predict(self.model, images)
 
 
 def check_anchors(model: nn.Module, name: str, channels: Sequence[int] = (4, 2, 10)) -> list[int]:

@@ -23,6 +23,8 @@ from featherface.files import atomic_write
 from featherface.losses import FeatureAdapters, assign, distillation_loss, task_loss
 from featherface.models import FeatherFace, create_model, list_models, save_weights
 from featherface.models.anchors import anchors
+from ffkernels.engine import Engine
+from ffkernels.engine import build as build_engine
 
 from .config import Config
 from .curves import draw_curves
@@ -299,7 +301,22 @@ class Trainer:
         ).to(self.device)
         if self.config.runtime.channels_last:
             model.to(memory_format=torch.channels_last)
-        return Teacher(model, config.cache_gb, self.config.batches.views)
+        return Teacher(model, config.cache_gb, self.config.batches.views, self._teacher_engine(model))
+
+    def _teacher_engine(self, teacher: FeatherFace) -> Engine | None:
+        """The teacher's inference engine, where fused kernels were asked for and no features are distilled."""
+        policy = teacher.ff_policy
+        asked = policy.mode != "0" and policy.backend in ("auto", "cpu")
+        if not asked or self.device.type != "cpu" or self.config.distillation.feature_weight:
+            return None
+        size = self.config.augmentation.size
+        try:
+            return build_engine(teacher, (1, 3, size, size), outputs="raw")
+        except (TypeError, ValueError, RuntimeError) as error:
+            if policy.mode == "require":
+                raise
+            self.say(f"the teacher runs without an inference engine: {error}")
+            return None
 
     def _data(self) -> FaceData:
         config = self.config.data

@@ -117,7 +117,7 @@ def test_print_config_and_presets_from_the_command_line(capsys):
     assert "lr = 0.5" in printed and 'assigner = "multibox"' in printed
     assert main(["train"]) == 2 and main(["train", "--preset", "best", "--print-config"]) == 2
     errors = capsys.readouterr().err
-    assert "name the folder of the run" in errors and "no preset 'best'; choose from: default, seed" in errors
+    assert "name the folder of the run" in errors and "no preset 'best'; choose from: default, cpu, seed" in errors
     tomllib = pytest.importorskip("tomllib")
     assert from_dict(tomllib.loads(printed)).optimizer.lr == 0.5
 

@@ -14,7 +14,7 @@ def train(
     run: Annotated[
         Path | None, typer.Argument(help="Folder of the run: configuration, metrics, checkpoints, weights.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="default or seed.")] = None,
+    preset: Annotated[str | None, typer.Option(help="default, cpu or seed.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Configuration (.toml, .yaml, .json); what it leaves out is as in the preset.")
     ] = None,

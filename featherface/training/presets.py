@@ -23,6 +23,18 @@ _COMMON: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": _COMMON,
+    # The default's recipe with a tenth of the work: smaller views, fewer epochs, no features of the teacher.
+    "cpu": {
+        **_COMMON,
+        "data": {"sources": _COMMON["data"]["sources"][:2]},
+        "augmentation": {"size": 320, "scales": [0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6]},
+        "batches": {"size": 16, "workers": 1},
+        "distillation": {**_COMMON["distillation"], "feature_weight": 0.0},
+        "optimizer": {"lr": 1.5e-3},
+        "schedule": {"epochs": 45, "warmup_epochs": 2.0},
+        "average": {"decay": 0.9995},
+        "validation": {"every": 9, "limit": 110},
+    },
     "seed": {
         **_COMMON,
         "model": {**_COMMON["model"], "prior": 0.0},

@@ -4,13 +4,15 @@
 
 A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True). Variants
 run in one process, interleaved, and the medians are printed with their ratios to eager. Memory is the peak resident
-size of a fresh process after its third step, less its size before the first.
+size of a fresh process after its third step, less its size before the first. A variant whose fresh process dies (the
+backward graph that PyTorch 2.13's inductor makes of the NCHW model crashes) is reported, and left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,10 +73,15 @@ def peak_memory(variant: str, name: str, batch: int, size: int) -> int:
     return status("VmHWM") - before
 
 
-def measure_memory(variant: str, arguments: argparse.Namespace, threads: int) -> float:
+def measure_memory(variant: str, arguments: argparse.Namespace, threads: int) -> float | str:
+    """MiB, or what became of the process that should have said."""
     command = [sys.executable, __file__, "--memory-of", variant, "--model", arguments.model]
     command += ["--batch", str(arguments.batch), "--size", str(arguments.size), "--threads", str(threads)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode < 0:
+        return f"died of {signal.Signals(-run.returncode).name}"
+    if run.returncode:
+        return f"failed: {run.stderr.strip().splitlines()[-1]}"
     return int(run.stdout.split()[-1]) / 2**20
 
 
@@ -116,7 +123,16 @@ def main() -> None:
     variants = ["eager", *(v for v in arguments.variants if v != "eager")]
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        times = measure_time(variants, arguments)
+        memories = {
+            v: measure_memory(v, arguments, threads)
+            for v in variants
+            if not arguments.no_memory or v.startswith("compile")
+        }
+        for variant, reason in memories.items():
+            if isinstance(reason, str):
+                rows.append({"variant": variant, "threads": threads, "failed": reason})
+                print(f"{threads} threads  {variant:22} {reason}", flush=True)
+        times = measure_time([v for v in variants if not isinstance(memories.get(v), str)], arguments)
         eager = statistics.median(times["eager"])
         for variant, values in times.items():
             median = statistics.median(values)
@@ -128,7 +144,7 @@ def main() -> None:
                 "speedup": eager / median,
             }
             if not arguments.no_memory:
-                row["peak_mib"] = measure_memory(variant, arguments, threads)
+                row["peak_mib"] = memories[variant]
             rows.append(row)
             memory = f"  {row['peak_mib']:7.0f} MiB" if "peak_mib" in row else ""
             print(f"{threads} threads  {variant:22} {median:8.1f} ms  {row['speedup']:5.2f}x eager{memory}", flush=True)

@@ -159,7 +159,8 @@ class _BiFPNNode(torch.autograd.Function):
         integers, floats, count, backend, total = ctx.call
         if grad is None:
             return (None,) * (4 + total)
-        tensors, saved = ctx.saved_tensors[:total], ctx.saved_tensors[total:]
+        kept = ctx.saved_tensors
+        tensors, saved = kept[:total], kept[total:]
         marks = ctx.needs_input_grad[4:]
         needs = list(marks[: count + 1])
         for group in batched(marks[count + 1 :], PARAMETERS):

@@ -72,7 +72,8 @@ class _Rows(torch.autograd.Function):
         shapes, backend = ctx.rest
         if all(g is None for g in grads):
             return (None,) * (2 + len(shapes) // 4)
-        probabilities = ctx.saved_tensors[0] if ctx.saved_tensors else None
+        saved = ctx.saved_tensors
+        probabilities = saved[0] if saved else None
         return None, None, *_raw_backward(list(grads), probabilities, shapes, backend)
 
 

@@ -185,11 +185,13 @@ FF_EXPORT int ff_cpu_ssh_grouped_split(const void *grad, const void *z0, int64_t
                                        int64_t g_pixel2, double *sums2, void *workspace, int dtype, int threads);
 // An engine's plan (engine/plan.py, cpu/engine.h): `count` rows of int64_t, whose names ff_cpu_engine_fields lists,
 // separated by commas. arena: floats, of which thread i uses scratch_size from scratch + i * scratch_size on. image:
-// batch images image_bytes apart, as the plan's first block reads them. bbox, cls, landmarks: (batch, anchors, 4, 2 or
-// 10). `lanes` must be ff_cpu_engine_lanes(), the vector width that the plan was packed for. seconds: null, or one
-// double per row, to which the time of the step that ends there is added.
+// batch images as the plan's first block reads them. picture: bytes between images and between rows, height and width
+// of the pixels, row and column of the first of them in the network's input, which is zero around them; float images
+// fill the input and have no space between rows. bbox, cls, landmarks: (batch, anchors, 4, 2 or 10). `lanes` must be
+// ff_cpu_engine_lanes(), the vector width that the plan was packed for. seconds: null, or one double per row, to which
+// the time of the step that ends there is added.
 FF_EXPORT int ff_cpu_engine_run(const void *plan, int64_t count, void *arena, int64_t scratch, int64_t scratch_size,
-                                const void *weights, const void *image, int64_t image_bytes, void *bbox, void *cls,
+                                const void *weights, const void *image, const int64_t *picture, void *bbox, void *cls,
                                 void *landmarks, int64_t anchors, int64_t batch, void *seconds, int lanes, int threads);
 FF_EXPORT const char *ff_cpu_engine_fields(void);
 FF_EXPORT int ff_cpu_engine_lanes(void);

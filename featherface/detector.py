@@ -147,6 +147,9 @@ class FaceDetector:
         self.policy = requested_policy(fused) or _default_policy(self.device)
         self.model.eval().to(self.device)
         self.engine, self.engine_reason = self._build_engine(requested_policy(fused), given=self.weights is None)
+        self._byte_engine = None
+        if self.engine is not None:
+            self._byte_engine = build_engine(self.model, (64, 64, 3), input="uint8_hwc", order="rgb")
         self._anchors: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def _build_engine(self, asked: Policy | None, given: bool) -> tuple[Engine | None, str | None]:
@@ -242,13 +245,20 @@ class FaceDetector:
         with self._running():
             return ffkernels.report(self.model, self._input([(pixels, view)]))
 
-    def stage_backends(self, image: ImageLike) -> list[str]:
-        """Which backends prepare this image and select its faces: one entry per op that is called."""
+    def stage_backends(self, image: ImageLike) -> dict[str, list[str]]:
+        """Which backends prepare this image and select its faces: per op, one entry for each call.
+
+        An engine reads an image of bytes that needs no resizing as it is; then there is no ``preprocess``.
+        """
         calls: list[tuple[str, registry.Selection]] = []
         pixels = next(image_io.sources(image)[0]).read()
         with registry.record(calls), self._running():
             self._faces([pixels])
-        return [selection.backend for op, selection in calls if op in ("preprocess", "detection")]
+        backends: dict[str, list[str]] = {}
+        for op, selection in calls:
+            if op in ("preprocess", "detection"):
+                backends.setdefault(op, []).append(selection.backend)
+        return backends
 
     def _outcomes(self, images: ImageLike | Iterable[ImageLike]) -> tuple[Iterator[Outcome], bool]:
         sources, single = image_io.sources(images)
@@ -305,19 +315,37 @@ class FaceDetector:
             step = max(1, BATCH_PIXELS.get(self.device.type, 2**22) // (canvas[0] * canvas[1]))
             for start in range(0, len(views), step):
                 batch = views[start : start + step]
-                with clock("preprocess"):
-                    x = self._input([(tensors[i], view) for i, view in batch])
-                with clock("network"):
-                    bbox, cls, landmarks = (self.engine or self.model)(x)
+                outputs = self._predictions([(tensors[i], view) for i, view in batch], clock)
                 with clock("faces"):
-                    if torch.isnan(cls).any():
-                        raise FeatherFaceError(
-                            f"{self.model_name} gives scores that are not numbers; its weights are bad"
-                        )
-                    for j, (i, view) in enumerate(batch):
-                        found[i].append(self._in_image(view, bbox[j], cls[j, :, 1], landmarks[j]))
+                    for (i, view), (bbox, cls, landmarks) in zip(batch, outputs):
+                        if torch.isnan(cls).any():
+                            raise FeatherFaceError(
+                                f"{self.model_name} gives scores that are not numbers; its weights are bad"
+                            )
+                        found[i].append(self._in_image(view, bbox, cls[:, 1], landmarks))
         with clock("faces"):
             return [self._merge(parts, tuple(image.shape[:2])) for parts, image in zip(found, tensors)]
+
+    def _predictions(self, batch: list[tuple[Tensor, View]], clock: Clock) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The network's outputs for views of one canvas. Where an engine runs, it reads bytes as they are, without a
+        float copy, if they need no resizing."""
+        outputs: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(batch)
+        others = []
+        for j, (image, view) in enumerate(batch):
+            part = _part(image, view).to(self.device)
+            if self._byte_engine is None or part.dtype != torch.uint8 or tuple(part.shape[:2]) != view.size:
+                others.append(j)
+                continue
+            with clock("network"):
+                outputs[j] = tuple(column[0] for column in self._byte_engine(part, view.canvas, view.offset))
+        if others:
+            with clock("preprocess"):
+                x = self._input([batch[j] for j in others])
+            with clock("network"):
+                columns = (self.engine or self.model)(x)
+            for j, *image in zip(others, *columns):
+                outputs[j] = tuple(image)
+        return outputs
 
     def _views(self, height: int, width: int) -> list[View]:
         scale = 1.0 if self.size is None else self.size / max(height, width)
@@ -352,8 +380,7 @@ class FaceDetector:
     def _input(self, batch: list[tuple[np.ndarray | Tensor, View]]) -> Tensor:
         parts = []
         for image, view in batch:
-            y1, x1, y2, x2 = view.part
-            part = _as_tensor(image)[y1:y2, x1:x2].to(self.device)
+            part = _part(_as_tensor(image), view).to(self.device)
             parts.append(ops.preprocess(part, view.size, view.canvas, view.offset, policy=self.policy))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -461,6 +488,11 @@ def _default_policy(device: torch.device) -> Policy:
     """How images are prepared and faces selected where nothing was asked for: natively, where that is built."""
     native = device.type == "cpu" and registry.backend_unavailable("cpu") is None
     return Policy("1", "cpu") if native else Policy("0")
+
+
+def _part(image: Tensor, view: View) -> Tensor:
+    y1, x1, y2, x2 = view.part
+    return image[y1:y2, x1:x2]
 
 
 def _as_tensor(image: np.ndarray | Tensor) -> Tensor:

@@ -279,7 +279,7 @@ def ff_cpu_engine_run(
     scratch_size: int,
     weights: int,
     image: int,
-    image_bytes: int,
+    picture: int,
     bbox: int,
     cls: int,
     landmarks: int,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, config, cpu, registry, triton
+from . import __version__, config, cpu, engine, registry, triton
 from .native import build_info
 
 
@@ -31,6 +31,7 @@ def info() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "built": {"cpu": built["cpu"], "cuda": built["cuda"]},
         "backends": {b: "available" if reason is None else reason for b, reason in state.items()},
+        "cpu_engine": engine.unavailable() or "available",
         "cpu_instruction_sets": {"usable": cpu.instruction_sets(), "in_use": cpu.loaded_isa()},
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "policy": config.build_policy()._asdict(),

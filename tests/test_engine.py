@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import featherface
 from featherface import FaceDetector
+from featherface.models.anchors import anchors
 from featherface.models.ultra import INNOVATIONS
 from ffkernels import cpu, engine
+from ffkernels.ops import detect, preprocess
 
 pytestmark = pytest.mark.skipif(engine.unavailable() is not None, reason=f"no engine: {engine.unavailable()}")
 
@@ -163,6 +165,36 @@ def test_bytes(size: tuple[int, int]):
     assert torch.equal(built(pixels[0])[0], expected[0][:1])
 
 
+@pytest.mark.parametrize("level", cpu.instruction_sets())
+@pytest.mark.parametrize("left", [0, 1, 6])
+def test_bytes_on_a_canvas(isa, level: str, left: int):
+    isa(level)
+    model = randomised("featherface_v2")
+    wide = torch.randint(0, 256, (2, 37, 80, 3), dtype=torch.uint8)
+    built = engine.build(model, wide.shape, input="uint8_hwc", order="rgb")
+    plain = engine.build(model, (1, 3, 64, 64))
+    for pixels in (wide[:, :, 5:58], wide[:, ::2, :33], wide.flip(2), wide[:1, :, 1:2]):
+        canvas, offset = (40, left + pixels.shape[2] + 3), (2, left)
+        x = preprocess(pixels, canvas=canvas, offset=offset)
+        assert all(map(torch.equal, built(pixels, canvas, offset), plain(x)))
+
+
+@pytest.mark.parametrize("name", ["featherface_v2", "featherface_v1_ssh"])
+def test_detections(name: str):
+    model, x = randomised(name), image(96, 80, batch=3)
+    bbox, cls, landmarks = engine.build(model, x.shape)(x)
+    scores = cls[..., 1]
+    settings = {"score_threshold": float(scores.median()), "nms_threshold": 0.3, "top_k": 100, "keep_top_k": 20}
+    found = engine.build(model, x.shape, outputs="detections", **settings)(x)
+    assert len(found) == 3 and sum(len(faces.scores) for faces in found) > 0
+    for i, faces in enumerate(found):
+        expected = detect(bbox[i], scores[i], landmarks[i], anchors(96, 80), **settings)
+        assert all(map(torch.equal, faces, expected))
+    other = image(41, 57)
+    assert engine.build(model, x.shape, outputs="detections", score_threshold=2)(other)[0].boxes.shape == (0, 4)
+    assert engine.build(model, x.shape, outputs="detections")(x[:0]) == []
+
+
 def test_layouts_of_the_input():
     model, x = randomised("featherface_v2"), image(50, 60)
     built = engine.build(model, x.shape)
@@ -236,9 +268,22 @@ def test_errors():
         built(torch.zeros(1, 3, 8, 8, device="meta"))
     with pytest.raises(ValueError, match="input_shape"):
         engine.build(model, (1, 3, 0, 8))
-    for option in ({"dtype": "int8"}, {"input": "jpeg"}, {"outputs": "faces"}, {"threads": 0}):
+    for option in (
+        {"dtype": "int8"},
+        {"input": "jpeg"},
+        {"outputs": "faces"},
+        {"threads": 0},
+        {"order": "rgb"},
+        {"nms_threshold": 2},
+        {"top_k": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(option))):
             engine.build(model, (1, 3, 8, 8), **option)
+    with pytest.raises(ValueError, match="canvas"):
+        built(image(64, 64), (96, 96))
+    pixels = torch.zeros(8, 8, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="do not fit"):
+        engine.build(model, pixels.shape, input="uint8_hwc")(pixels, (8, 9), (1, 0))
     model.ssh2 = Unplannable()
     with pytest.raises(TypeError, match="cannot plan ssh2"):
         engine.build(model, (1, 3, 64, 64))
@@ -266,6 +311,24 @@ def test_detector_runs_in_an_engine(teacher_weights, data_dir, monkeypatch):
     np.testing.assert_allclose(faces.boxes, expected.boxes, atol=1e-2)
     np.testing.assert_allclose(faces.scores, expected.scores, atol=1e-4)
     np.testing.assert_allclose(faces.landmarks, expected.landmarks, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{}, {"pad": 0.1}, {"tile": 160}, {"size": 200}], ids=str)
+def test_detector_reads_bytes(options: dict[str, object]):
+    detector = FaceDetector(model=randomised("featherface_v2"), device="cpu", fused=True, **options)
+    photo = np.random.default_rng(0).integers(0, 256, (190, 251, 3), np.uint8)
+    images = [photo, photo[:, ::-1], photo[3:187, 7:]]
+    scores = detector.engine(preprocess(torch.from_numpy(photo)))[1][..., 1]
+    detector.score_threshold = float(scores.median())
+    found = detector.detect(images)
+    assert ("preprocess" in detector.stage_backends(photo)) == bool({"size", "tile"} & set(options))
+    detector._byte_engine = None
+    assert "preprocess" in detector.stage_backends(photo)
+    expected = detector.detect(images)
+    assert sum(map(len, expected)) > 0
+    for faces, others in zip(found, expected):
+        for column in ("boxes", "scores", "landmarks"):
+            np.testing.assert_array_equal(getattr(faces, column), getattr(others, column))
 
 
 def test_detector_of_a_given_module(monkeypatch):

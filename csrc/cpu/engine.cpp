@@ -58,7 +58,8 @@ struct Run {
   float *arena;
   const float *weights;
   const char *image;
-  int64_t image_bytes, anchors;
+  const Picture *picture;
+  int64_t anchors;
   float *bbox, *cls, *landmarks;
   int64_t batch, scratch, scratch_size;
   double *seconds;
@@ -80,7 +81,8 @@ class Step {
                             run.arena,
                             scratch,
                             run.weights,
-                            run.image + image * run.image_bytes,
+                            run.image + image * run.picture->image_bytes,
+                            run.picture,
                             run.bbox + image * run.anchors * 4,
                             run.cls + image * run.anchors * 2,
                             run.landmarks + image * run.anchors * 10,
@@ -157,17 +159,18 @@ void work(const Run &run, Barrier &barrier, int rank, int team) {
 }  // namespace ff::engine
 
 extern "C" int ff_cpu_engine_run(const void *plan, int64_t count, void *arena, int64_t scratch, int64_t scratch_size,
-                                 const void *weights, const void *image, int64_t image_bytes, void *bbox, void *cls,
+                                 const void *weights, const void *image, const int64_t *picture, void *bbox, void *cls,
                                  void *landmarks, int64_t anchors, int64_t batch, void *seconds, int lanes,
                                  int threads) {
   using namespace ff::engine;
   if (lanes != L || threads < 1) return FF_BAD_ARGUMENT;
+  const Picture view{picture[0], picture[1], picture[2], picture[3], picture[4], picture[5]};
   const Run run{static_cast<const Block *>(plan),
                 count,
                 static_cast<float *>(arena),
                 static_cast<const float *>(weights),
                 static_cast<const char *>(image),
-                image_bytes,
+                &view,
                 anchors,
                 static_cast<float *>(bbox),
                 static_cast<float *>(cls),

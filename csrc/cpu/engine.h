@@ -55,12 +55,19 @@ struct Map {
   float *at(int64_t y) const { return base + (y % ring) * row; }
 };
 
+// Where the pixels of an image lie, in bytes and pixels: images `image_bytes` apart, rows `row_bytes` apart; the
+// network's input is zero beyond the h x w pixels from (top, left) on.
+struct Picture {
+  int64_t image_bytes, row_bytes, h, w, top, left;
+};
+
 // What a block's rows are made with: one thread's view of one image.
 struct Context {
   const Block *block;
   float *arena, *scratch;
   const float *weights;
   const char *image;
+  const Picture *picture;
   float *bbox, *cls, *landmarks;
   Map a, b, c, o;
 

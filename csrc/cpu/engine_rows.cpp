@@ -123,20 +123,54 @@ void split_float(const float *row, int64_t width, float *even, float *odd) {
   odd[-1] = 0;
 }
 
-void split_bytes(const uint8_t *row, int64_t width, int64_t plane, const float *mean, float *out) {
+// Pixels of three bytes, minus the mean: `channel` of those of even index to a, of the others to b.
+void split_bytes(const uint8_t *row, int64_t width, int channel, float mean, float *a, float *b) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  // 16 pixels are 48 bytes in three registers; byte d of the result comes from place 6 d + channel, and from 8 on the
+  // odd pixels' bytes follow.
+  __m128i places[3];
+  for (int part = 0; part < 3; ++part) {
+    alignas(16) int8_t place[16];
+    for (int d = 0; d < 16; ++d) {
+      const int at = 6 * (d % 8) + (d < 8 ? 0 : 3) + channel - 16 * part;
+      place[d] = static_cast<int8_t>(at >= 0 && at < 16 ? at : -1);
+    }
+    places[part] = _mm_load_si128(reinterpret_cast<const __m128i *>(place));
+  }
+  const __m256 m = _mm256_set1_ps(mean);
+  for (; i + 16 <= width; i += 16) {
+    __m128i bytes = _mm_setzero_si128();
+#pragma GCC unroll 3
+    for (int part = 0; part < 3; ++part) {
+      const __m128i in = _mm_loadu_si128(reinterpret_cast<const __m128i *>(row + 3 * i + 16 * part));
+      bytes = _mm_or_si128(bytes, _mm_shuffle_epi8(in, places[part]));
+    }
+    const __m256i even = _mm256_cvtepu8_epi32(bytes), odd = _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8));
+    _mm256_storeu_ps(a + i / 2, _mm256_sub_ps(_mm256_cvtepi32_ps(even), m));
+    _mm256_storeu_ps(b + i / 2, _mm256_sub_ps(_mm256_cvtepi32_ps(odd), m));
+  }
+#endif
+  for (; i < width; ++i) (i % 2 ? b : a)[i / 2] = float(row[3 * i + channel]) - mean;
+}
+
+// Row i of the network's input, of which `picture` covers a part, as split_float leaves it; false where it is zero.
+bool split_picture(const Context &ctx, int64_t i, int64_t plane, float *out) {
+  const Picture &p = *ctx.picture;
+  if (i < p.top || i >= p.top + p.h) return false;
+  const auto *row = reinterpret_cast<const uint8_t *>(ctx.image) + (i - p.top) * p.row_bytes;
+  const int64_t count = (ctx.block->a_w + 1) / 2, right = p.left + p.w;
   for (int c = 0; c < 3; ++c) {
     float *even = out + 2 * c * plane + L, *odd = even + plane;
-    const float m = mean[c];
-    for (int64_t i = 0; i < width / 2; ++i) {
-      even[i] = float(row[6 * i + c]) - m;
-      odd[i] = float(row[6 * i + 3 + c]) - m;
-    }
-    if (width % 2) {
-      even[width / 2] = float(row[3 * (width - 1) + c]) - m;
-      odd[width / 2] = 0;
-    }
-    odd[-1] = 0;
+    float *first = p.left % 2 ? odd : even, *second = p.left % 2 ? even : odd;
+    std::fill(even, even + (p.left + 1) / 2, 0.0f);
+    std::fill(odd - 1, odd + p.left / 2, 0.0f);
+    split_bytes(row, p.w, ctx.block->mode == 2 ? 2 - c : c, ctx.weight(ctx.block->w2)[c], first + p.left / 2,
+                second + (p.left + 1) / 2);
+    std::fill(even + (right + 1) / 2, even + count, 0.0f);
+    std::fill(odd + right / 2, odd + count, 0.0f);
   }
+  return true;
 }
 
 constexpr int kStemChannels = L == 16 ? 8 : 4;
@@ -228,8 +262,9 @@ void stem(const Context &ctx, int64_t y, int64_t n) {
   const int64_t plane = b.p0, height = b.a_h, width = b.a_w;
   const V slope(ctx.slope());
   float *split = ctx.own(), *zeros = split + 3 * 6 * plane, *planar = zeros + 6 * plane;
-  if (y == 0 || (y + n) * 2 > height) std::memset(zeros, 0, 6 * plane * sizeof(float));
+  std::memset(zeros, 0, 6 * plane * sizeof(float));
   int64_t held[3] = {-2, -2, -2};
+  bool filled[3];
   for (int64_t r = 0; r < n; ++r) {
     const float *rows[3];
     for (int ky = 0; ky < 3; ++ky) {
@@ -239,16 +274,18 @@ void stem(const Context &ctx, int64_t y, int64_t n) {
         continue;
       }
       float *out = split + slot * 6 * plane;
-      rows[ky] = out;
-      if (held[slot] == i) continue;
-      held[slot] = i;
-      if (b.mode == 0) {
-        const float *image = reinterpret_cast<const float *>(ctx.image);
-        for (int c = 0; c < 3; ++c)
-          split_float(image + (c * height + i) * width, width, out + 2 * c * plane + L, out + (2 * c + 1) * plane + L);
-      } else {
-        split_bytes(reinterpret_cast<const uint8_t *>(ctx.image) + i * width * 3, width, plane, ctx.weight(b.w2), out);
+      if (held[slot] != i) {
+        held[slot] = i;
+        filled[slot] = true;
+        if (b.mode == 0) {
+          const float *image = reinterpret_cast<const float *>(ctx.image) + i * width;
+          for (int c = 0; c < 3; ++c)
+            split_float(image + c * height * width, width, out + 2 * c * plane + L, out + (2 * c + 1) * plane + L);
+        } else {
+          filled[slot] = split_picture(ctx, i, plane, out);
+        }
       }
+      rows[ky] = filled[slot] ? out : zeros;
     }
     float *row = ctx.o.at(y + r) + ctx.o.cs;
     const int64_t vectors = (ctx.o.w + L - 1) / L;

@@ -18,6 +18,7 @@ from ..files import atomic_write
 from . import options
 
 REPEATS = 10
+OPS = {"preprocess": "preprocessing", "detection": "face selection"}
 
 
 def photograph() -> np.ndarray:
@@ -70,7 +71,12 @@ def demo(
             stages.add_row(stage, f"{milliseconds:.2f}")
     console.print(stages)
     console.print(f"network: {kernels_of(detector, image)}")
-    console.print(f"preprocessing and face selection: {_named(detector.stage_backends(image))}")
+    backends = detector.stage_backends(image)
+    if detector.engine is not None and "preprocess" not in backends:
+        console.print("preprocessing: none, the engine reads the bytes")
+    console.print(
+        f"{' and '.join(OPS[op] for op in backends)}: {_named([b for row in backends.values() for b in row])}"
+    )
     console.print(f"annotated picture: {output}")
 
 
@@ -80,7 +86,8 @@ def kernels_of(detector: FaceDetector, image: np.ndarray) -> str:
         return f"CPU engine ({detector.engine.isa})"
     rows = detector.report(image)
     reasons = sorted({row.reason for row in rows if row.backend == "reference" and row.reason})
-    return _named([row.backend for row in rows]) + (f" ({'; '.join(reasons)})" if reasons else "")
+    ops = _named([row.backend for row in rows]) + (f" ({'; '.join(reasons)})" if reasons else "")
+    return f"{ops}; no CPU engine: {detector.engine_reason}"
 
 
 def _named(backends: list[str]) -> str:

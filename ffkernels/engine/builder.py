@@ -31,7 +31,7 @@ class Builder:
 
     def __init__(self, lanes: int, stem: str = "float32_nchw") -> None:
         self.lanes = lanes
-        self.stem_mode = ("float32_nchw", "uint8_hwc").index(stem)
+        self.stem_mode = ("float32_nchw", "uint8_bgr", "uint8_rgb").index(stem)
         self.weights = Weights()
         self.nodes: list[Node] = []
         self.heads: list[Node] = []

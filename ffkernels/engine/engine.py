@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import cpu
+from ..cpu import detection
 from ..native import check, module
 from .builder import Builder
 from .plan import Plan, make_plan
 
 INPUTS = ("float32_nchw", "uint8_hwc")
-OUTPUTS = ("raw", "softmax")
+OUTPUTS = ("raw", "softmax", "detections")
+ORDERS = ("bgr", "rgb")
 DTYPES = ("float32",)
 CACHE_BYTES = 2**30
 """Arenas of cached plans take at most this, the one in use excepted."""
@@ -29,11 +31,20 @@ def unavailable() -> str | None:
     return cpu.unavailable()
 
 
-class _Planned:
-    """A plan and the arenas that its calls take turns to use."""
+class Faces(NamedTuple):
+    """Faces of one image, best score first: boxes (M, 4) ``x1 y1 x2 y2``, scores (M,), landmarks (M, 10) x then y;
+    coordinates are fractions of the width and height of the network's input."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    boxes: Tensor
+    scores: Tensor
+    landmarks: Tensor
+
+
+class _Planned:
+    """A plan, the anchors of its size where faces are wanted, and the arenas that its calls take turns to use."""
+
+    def __init__(self, plan: Plan, priors: Tensor | None) -> None:
+        self.plan, self.priors = plan, priors
         self.arenas: list[np.ndarray] = []
 
     def take(self) -> np.ndarray:
@@ -65,23 +76,40 @@ class Engine:
         threads: int | None = None,
         input: str = "float32_nchw",
         outputs: str = "softmax",
+        order: str = "bgr",
+        score_threshold: float = 0.5,
+        nms_threshold: float = 0.4,
+        top_k: int = 5000,
+        keep_top_k: int = 750,
     ) -> None:
-        for name, value, allowed in (("dtype", dtype, DTYPES), ("input", input, INPUTS), ("outputs", outputs, OUTPUTS)):
+        for name, value, allowed in (
+            ("dtype", dtype, DTYPES),
+            ("input", input, INPUTS),
+            ("outputs", outputs, OUTPUTS),
+            ("order", order, ORDERS if input == "uint8_hwc" else ORDERS[:1]),
+        ):
             if value not in allowed:
                 raise ValueError(f"engine: {name}={value!r} is not a valid value; use one of: {', '.join(allowed)}")
+        if not 0 <= nms_threshold <= 1:
+            raise ValueError(f"engine: nms_threshold={nms_threshold} must be from 0 to 1")
+        if top_k < 1 or keep_top_k < 1:
+            raise ValueError(f"engine: top_k={top_k}, keep_top_k={keep_top_k}; both must be at least 1")
         if threads is not None and threads < 1:
             raise ValueError(f"engine: threads={threads} must be at least 1")
         if (reason := unavailable()) is not None:
             raise RuntimeError(f"engine: the C++ kernels cannot be used: {reason}")
-        self.input, self.outputs, self.dtype, self.threads = input, outputs, dtype, threads
+        self.input, self.outputs, self.dtype, self.threads, self.order = input, outputs, dtype, threads, order
+        self._selection = (score_threshold, nms_threshold, top_k, keep_top_k)
         self.isa = cpu.loaded_isa()
         native, _ = module()
         self._native = native
         self._lanes = native.ff_cpu_engine_lanes()
         self._fields = native.ff_cpu_engine_fields().strip(",").split(",")
-        builder = Builder(self._lanes, input)
+        builder = Builder(self._lanes, f"uint8_{order}" if input == "uint8_hwc" else input)
         builder.name_parameters(model)
         builder.describe(model)
+        if outputs == "detections" and builder.priors is None:
+            raise ValueError("engine: the model does not tell its anchors (builder.anchors), which detections need")
         self._builder = builder
         self._weights = builder.weights.array()
         self._packed = builder.packed()
@@ -96,32 +124,63 @@ class Engine:
     def __repr__(self) -> str:
         return f"Engine({self.input}, {self.outputs}, {self.dtype}, {self.isa}, {len(self._plans)} plans)"
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, x: Tensor, canvas: tuple[int, int] | None = None, offset: tuple[int, int] = (0, 0)
+    ) -> tuple[Tensor, Tensor, Tensor] | list[Faces]:
         """Run the network.
 
         Args:
             x: ``"float32_nchw"``: (B, 3, H, W) float32, as the model takes it. ``"uint8_hwc"``: (B, H, W, 3) or
-                (H, W, 3) uint8, blue, green, red. On the CPU; copied if it is not contiguous. B may be 0, H and W are
-                any from 1.
+                (H, W, 3) uint8, blue, green, red or as ``order`` says. On the CPU; copied if it is not contiguous,
+                except that rows of bytes may be apart. B may be 0, H and W are any from 1.
+            canvas: height and width of the network's input for ``"uint8_hwc"``, mean colour around the image; by
+                default just as large as ``offset`` and x need.
+            offset: row and column of the image's top left corner on the canvas.
 
         Returns:
             bbox (B, N, 4), cls (B, N, 2), landmarks (B, N, 10), as the model in evaluation mode: cls are probabilities,
-            or logits where the engine was built with ``outputs="raw"``.
+            or logits where the engine was built with ``outputs="raw"``. With ``outputs="detections"`` the
+            :class:`Faces` of each image, as :func:`ffkernels.ops.detect` selects them.
 
         Raises:
             TypeError: x is not a tensor of that dtype.
-            ValueError: wrong shape or device.
+            ValueError: wrong shape or device, or the image does not fit on the canvas.
         """
-        return self._run(x, None)
+        planned, outputs = self._run(x, None, canvas, offset)
+        if planned.priors is None:
+            return outputs
+        return [self._faces(planned.priors, *image) for image in zip(*outputs)]
 
-    def _run(self, x: Tensor, seconds: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor]:
-        x, batch, height, width = self._checked(x)
+    def _faces(self, priors: Tensor, bbox: Tensor, cls: Tensor, landmarks: Tensor) -> Faces:
+        variances = self._builder.priors[1]
+        *columns, count = detection.detect(bbox, cls[:, 1], landmarks, priors, *self._selection, variances)
+        return Faces(*(column[: int(count)] for column in columns))
+
+    def _run(
+        self,
+        x: Tensor,
+        seconds: np.ndarray | None,
+        canvas: tuple[int, int] | None = None,
+        offset: tuple[int, int] = (0, 0),
+    ) -> tuple[_Planned, tuple[Tensor, Tensor, Tensor]]:
+        x, batch, *size = self._checked(x)
+        if canvas is None:
+            canvas = size[0] + offset[0], size[1] + offset[1]
+        height, width = canvas
+        if self.input == "float32_nchw" and (tuple(canvas) != tuple(size) or any(offset)):
+            raise ValueError('engine: a canvas needs input="uint8_hwc"')
+        if any(at < 0 or at + side > whole for at, side, whole in zip(offset, size, canvas)):
+            raise ValueError(
+                f"engine: {size[0]}x{size[1]} pixels at {tuple(offset)} do not fit on a canvas of {canvas}"
+            )
         threads = self._thread_count()
+        picture = np.array([x.stride(0), x.stride(1), *size, *offset], np.int64)
+        picture[:2] *= x.element_size()
         planned = self._planned(height, width, threads)
         plan = planned.plan
         outputs = tuple(torch.empty(batch, plan.anchors, k) for k in (4, 2, 10))
         if batch == 0:
-            return outputs
+            return planned, outputs
         arena = planned.take()
         try:
             code = self._native.ff_cpu_engine_run(
@@ -132,7 +191,7 @@ class Engine:
                 plan.scratch_size,
                 self._weights.ctypes.data,
                 x.data_ptr(),
-                x.element_size() * 3 * height * width,
+                picture.ctypes.data,
                 *(out.data_ptr() for out in outputs),
                 plan.anchors,
                 batch,
@@ -147,7 +206,7 @@ class Engine:
                 f"engine: it was built for {self.isa}, but the kernels of {cpu.loaded_isa()} are loaded; build it again"
             )
         check(code, "engine", x)
-        return outputs
+        return planned, outputs
 
     def _checked(self, x: Tensor) -> tuple[Tensor, int, int, int]:
         dtype = torch.float32 if self.input == "float32_nchw" else torch.uint8
@@ -165,7 +224,10 @@ class Engine:
         height, width = (x.shape[2], x.shape[3]) if channels == 1 else (x.shape[1], x.shape[2])
         if height == 0 or width == 0:
             raise ValueError(f"engine: the input has no pixels: {tuple(x.shape)}")
-        return x.detach().contiguous(), x.shape[0], height, width
+        x = x.detach()
+        if channels == 1 or x.stride()[2:] != (3, 1):
+            x = x.contiguous()
+        return x, x.shape[0], height, width
 
     def _image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         size = shape[-2:] if self.input == "float32_nchw" else shape[-3:-1]
@@ -194,7 +256,15 @@ class Engine:
                     threads,
                     self.outputs != "raw",
                 )
-                planned = self._plans[key] = _Planned(plan)
+                priors = None
+                if self.outputs == "detections":
+                    priors = b.priors[0](height, width).float().contiguous()
+                    if priors.shape != (plan.anchors, 4):
+                        raise ValueError(
+                            f"engine: the model has {plan.anchors} anchors at {height}x{width}, but its priors are "
+                            f"{tuple(priors.shape)}"
+                        )
+                planned = self._plans[key] = _Planned(plan, priors)
             self._plans.move_to_end(key)
             while len(self._plans) > 1 and (
                 len(self._plans) > CACHE_PLANS or sum(p.bytes for p in self._plans.values()) > CACHE_BYTES
@@ -250,7 +320,12 @@ def build(
     threads: int | None = None,
     input: str = "float32_nchw",
     outputs: str = "softmax",
-    **options: Any,
+    *,
+    order: str = "bgr",
+    score_threshold: float = 0.5,
+    nms_threshold: float = 0.4,
+    top_k: int = 5000,
+    keep_top_k: int = 750,
 ) -> Engine:
     """An engine for a model and an input size; called with another size, it plans and caches that too.
 
@@ -263,11 +338,29 @@ def build(
         dtype: ``"float32"``; of the computation.
         threads: ``None`` follows ``torch.get_num_threads()`` at every call.
         input: ``"float32_nchw"``, or ``"uint8_hwc"``: bytes from which the engine subtracts the mean.
-        outputs: ``"softmax"`` (what the model returns in evaluation mode) or ``"raw"`` (class logits).
+        outputs: ``"softmax"`` (what the model returns in evaluation mode), ``"raw"`` (class logits) or
+            ``"detections"`` (:class:`Faces`, decoded, filtered and suppressed).
+        order: ``"bgr"`` or ``"rgb"``, the order of the bytes of ``"uint8_hwc"``.
+        score_threshold: of detections: faces score more than this.
+        nms_threshold: of detections: largest intersection over union of two faces.
+        top_k: of detections: candidates that enter suppression, at most.
+        keep_top_k: of detections: faces per image, at most.
 
     Raises:
         TypeError: a module has no ``ff_plan``; the message names it.
         ValueError: an argument is wrong, or the model has a layer that engines do not run.
         RuntimeError: the C++ kernels are not available.
     """
-    return Engine(model, input_shape, dtype, threads, input, outputs, **options)
+    return Engine(
+        model,
+        input_shape,
+        dtype,
+        threads,
+        input,
+        outputs,
+        order,
+        score_threshold,
+        nms_threshold,
+        top_k,
+        keep_top_k,
+    )

@@ -65,6 +65,11 @@ namespace py = pybind11;
   X(ff_cuda_conv_input_gradient)            \
   X(ff_cuda_conv_weight_gradient_workspace) \
   X(ff_cuda_conv_weight_gradient)           \
+  X(ff_cuda_cbam_workspace)                 \
+  X(ff_cuda_cbam_maps)                      \
+  X(ff_cuda_cbam_apply)                     \
+  X(ff_cuda_cbam_spatial_gradient)          \
+  X(ff_cuda_cbam_backward)                  \
   X(ff_cuda_device_count)                   \
   X(ff_cuda_error_string)
 

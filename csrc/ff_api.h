@@ -269,6 +269,33 @@ FF_EXPORT int ff_cpu_cbam_backward(const void *grad, const void *y, const void *
                                    int64_t height, int64_t width, int64_t hidden, int64_t mlp_width, int64_t groups,
                                    int64_t kernel, int spatial_order, void *workspace, int dtype, int threads);
 
+// CBAM on a device, with everything but x, y, the residual and their gradients in float32; maps (batch, pixels, 2
+// groups) and z, spatial, shares (batch, pixels, groups) are NHWC. Their convolution and batch normalisation in between
+// are ff_cuda_conv_* and ff_cuda_batch_norm_*. apply: spatial = sigmoid(batch norm of z), then y. spatial_gradient:
+// from grad of y the gradient of the batch norm's output, and one over the number of channels that are the maximum.
+// backward: from grad_maps all others, as above.
+FF_EXPORT int64_t ff_cuda_cbam_workspace(int64_t batch, int64_t channels, int64_t pixels, int64_t hidden,
+                                         int64_t mlp_width);
+FF_EXPORT int ff_cuda_cbam_maps(const void *x, const void *fc1_weight, const void *fc1_bias, const void *fc2_weight,
+                                const void *fc2_bias, void *pooled, void *gate, void *maps, int64_t batch,
+                                int64_t channels, int64_t pixels, int64_t hidden, int64_t mlp_width, int64_t groups,
+                                int spatial_order, void *workspace, int dtype, void *stream);
+FF_EXPORT int ff_cuda_cbam_apply(const void *x, const void *gate, const void *z, const void *z_stats,
+                                 const void *residual, int relu, void *spatial, void *y, int64_t batch,
+                                 int64_t channels, int64_t pixels, int64_t groups, int dtype, void *stream);
+FF_EXPORT int ff_cuda_cbam_spatial_gradient(const void *grad, const void *y, const void *x, const void *gate,
+                                            const void *maps, const void *spatial, void *grad_normalised, void *shares,
+                                            int64_t batch, int64_t channels, int64_t pixels, int64_t groups,
+                                            int spatial_order, int dtype, void *stream);
+FF_EXPORT int ff_cuda_cbam_backward(const void *grad, const void *y, const void *x, const void *fc1_weight,
+                                    const void *fc1_bias, const void *fc2_weight, const void *fc2_bias,
+                                    const void *pooled, const void *gate, const void *maps, const void *grad_maps,
+                                    const void *spatial, const void *shares, int add_grad, void *grad_x,
+                                    void *grad_fc1_weight, void *grad_fc1_bias, void *grad_fc2_weight,
+                                    void *grad_fc2_bias, int64_t batch, int64_t channels, int64_t pixels,
+                                    int64_t hidden, int64_t mlp_width, int64_t groups, int spatial_order,
+                                    void *workspace, int dtype, void *stream);
+
 // Number of CUDA devices, or the negated cudaError_t where the driver cannot say.
 FF_EXPORT int ff_cuda_device_count(void);
 FF_EXPORT const char *ff_cuda_error_string(int code);

@@ -18,7 +18,7 @@ from ffkernels import native
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-OPS = ["channel_shuffle", "conv_chain_gpu", "detection_gpu", "preprocess_gpu"]
+OPS = ["channel_shuffle", "cbam_gpu", "conv_chain_gpu", "detection_gpu", "preprocess_gpu"]
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
 if not (ROOT / "csrc" / "emulation" / "build.py").exists():
@@ -169,11 +169,11 @@ for offset in (-1, 0, 1, 2):
 
 @needs_compiler
 @pytest.mark.skipif(native.module()[0] is None, reason="ffkernels is not built")
-def test_op_tests_pass_in_emulation(emulated):
+@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_op_tests_pass_in_emulation(emulated, marks):
     files = [str(TESTS / f"test_{op}.py") for op in OPS]
-    result = process(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", *files], FF_TEST_CUDA_EMULATION=str(emulated)
-    )
+    options = ["-q", "-p", "no:cacheprovider", "-m", marks, "-k", "cuda"]
+    result = process(["-m", "pytest", *options, *files], FF_TEST_CUDA_EMULATION=str(emulated))
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout.splitlines()[-1], result.stdout
 

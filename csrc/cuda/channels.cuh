@@ -2,6 +2,9 @@
 #ifndef FF_CUDA_CHANNELS_CUH
 #define FF_CUDA_CHANNELS_CUH
 
+#include <initializer_list>
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace ff {
@@ -79,6 +82,21 @@ template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
 
 inline bool wide(int64_t channels, int64_t lanes) { return channels % lanes == 0; }
+inline bool aligned(std::initializer_list<const void *> tensors) {
+  uintptr_t bits = 0;
+  for (const void *tensor : tensors) bits |= reinterpret_cast<uintptr_t>(tensor);
+  return bits % 16 == 0;
+}
+// Calls function(T{}, constant): constant is the number of values in 16 bytes where `count` neighbouring channels and
+// all tensors allow such packs, else 1.
+template <class F>
+int dispatch_packs(int dtype, int64_t count, std::initializer_list<const void *> tensors, F function) {
+  return dispatch(dtype, [&](auto zero) -> int {
+    constexpr int V = kWide<decltype(zero)>;
+    if (wide(count, V) && aligned(tensors)) return function(zero, std::integral_constant<int, V>{});
+    return function(zero, std::integral_constant<int, 1>{});
+  });
+}
 
 }  // namespace ff
 

@@ -16,6 +16,7 @@ from ..layout import memory_format
 from ..params import ChannelMLP, ConvParams
 from ..reference.cbam import cbam as reference
 from . import checks
+from .conv_chain import statistics_dtype
 from .library import define, kernels
 
 OP = "cbam"
@@ -25,13 +26,19 @@ def _supports(request: registry.Request) -> str | None:
     return "a spatial convolution with a bias" if request.facts.get("bias", False) else None
 
 
+def _supports_cuda(request: registry.Request) -> str | None:
+    return "kernels larger than 7x7" if request.facts.get("kernel", 1) > 7 else _supports(request)
+
+
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_cuda)
 
 
 class Application(NamedTuple):
     """One application f_k as kernels see it: y = f_k(x) + residual, ReLU of that where ``relu``.
 
     ``order`` 1 puts the maximum first; ``residual_is_x`` says that the residual is x, else it is an argument or absent.
+    The tensors are float32 where x is half.
     """
 
     fc1_weight: Tensor
@@ -85,6 +92,15 @@ def _fake(
     running = [torch.empty_like(t) for t in (app.running_mean, app.running_var) if t is not None and app.training]
     if not save:
         return [y, *running]
+    if backend != "cpu":
+        # Pooled mean and maximum, channel gate, stats of the spatial maps; maps, their convolution, spatial gate.
+        dtype = statistics_dtype(x)
+        vectors = [x.new_empty(shape, dtype=dtype) for shape in ((2, batch, channels), (batch, channels), (4, groups))]
+        maps = [
+            torch.empty((batch, count, height, width), dtype=dtype, device=x.device, memory_format=torch.channels_last)
+            for count in (2 * groups, groups, groups)
+        ]
+        return [y, *running, *vectors, *maps]
     normaliser = groups if app.training else 0
     shapes = [(2, batch, channels), (batch, channels), (batch, 2 * groups, height, width)]
     shapes += [(batch, groups, height, width), (normaliser,), (normaliser,), (batch, groups, height, width)]
@@ -152,8 +168,9 @@ class _CBAM(torch.autograd.Function):
         *params: Tensor | None,
     ):
         y, *rest = _raw(x, residual, list(params), integers, floats, True, backend)
-        running, saved = rest[:-7], rest[-7:]
         _, _, relu, training = integers
+        count = sum(t is not None for t in params[7:]) if training else 0
+        running, saved = rest[:count], rest[count:]
         # In training the backward pass has no use for the running statistics, which the caller updates in place.
         statistics = (None, None) if training else params[7:]
         ctx.save_for_backward(x, y if relu else None, *params[:7], *statistics, *saved)
@@ -189,7 +206,8 @@ def _apply(
     if bn.training:
         checks.values_per_channel(OP, (x.shape[0], spatial.groups, *x.shape[2:]))
     tensors = [*channel_mlp, spatial.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
-    params = [t if t is None else t.to(x.dtype).contiguous() for t in tensors]
+    dtype = statistics_dtype(x)
+    params = [t if t is None else t.to(dtype).contiguous() for t in tensors]
     integers = [int(spatial_order == "max_mean"), int(residual is x), int(relu), int(bn.training)]
     floats = [float(bn.momentum), float(bn.eps)]
     residual = None if residual is x else residual
@@ -266,7 +284,7 @@ def cbam(
         checks.fail(OP, f"unknown spatial_order {spatial_order!r}, use 'mean_max' or 'max_mean'")
     record = checks.needs_grad(x, channel_mlp, spatial, spatial_bn)
     x = checks.autocast_input(x)
-    backend = registry.select(OP, x, policy or call_policy(), record, bias=spatial.bias is not None)
+    backend = registry.select(OP, x, policy or call_policy(), record, bias=spatial.bias is not None, kernel=kernel[0])
     if backend == "reference" or x.numel() == 0:
         return reference(x, channel_mlp, spatial, spatial_bn, spatial_order, residual)
     state = x

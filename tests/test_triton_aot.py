@@ -1,44 +1,154 @@
-"""Every Triton kernel compiles to machine code without a GPU, and spills no registers."""
+"""Every Triton kernel compiles to machine code without a GPU, and spills no registers.
+
+The launchers run on CPU tensors with the launch replaced: what they would launch is compiled for the GPU they ask for.
+"""
 
 import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from ffkernels.ops.conv_chain import Link  # noqa: E402
+from ffkernels.triton import batch_norm, blocks, conv, conv_chain  # noqa: E402
 from ffkernels.triton.channel_shuffle import channel_shuffle_kernel  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHUFFLE = {"total": "i64", "channels": "i32", "inner": "i32", "groups": "i32"}
-KERNELS = [
-    pytest.param(
-        channel_shuffle_kernel,
-        {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", **SHUFFLE},
-        {"BLOCK": 1024},
-        id=f"channel_shuffle-{dtype}",
-    )
-    for dtype in ("fp32", "fp16", "bf16", "fp64")
-]
+LAUNCHERS = (batch_norm, conv)
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("kernel,signature,constants", KERNELS)
-def test_compiles_without_spills(kernel, signature, constants, capability, tmp_path):
+def check(kernel, signature, constants, attributes, options, capability, tmp_path) -> None:
     signature = {**signature, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(kernel, signature, {(list(signature).index(k),): v for k, v in constants.items()})
-    options = {"enable_fp_fusion": False}
+    signature = {name: signature[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     assert registers <= 255
-    assert stack == 0, usage
+    assert stack == 0, f"{kernel.__name__} {constants}: {usage}"
+
+
+@contextmanager
+def collected(capability: int, monkeypatch) -> Iterator[dict]:
+    """Launches made inside the block: name of the kernel -> what was launched, the first of each kind."""
+    launches: dict[tuple, tuple] = {}
+
+    def collect(kernel, grid, *arguments, warps=4, stages=2, **constants):
+        names = [name for name in kernel.arg_names if name not in constants]
+        assert len(names) == len(arguments) and all(n > 0 for n in grid)
+        signature, attributes = {}, {}
+        for name, value in zip(names, arguments):
+            if value is None or (type(value) is int and value == 1):
+                constants[name] = value
+                continue
+            if isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                aligned = value.storage_offset() * value.element_size() % 16 == 0
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+                aligned = isinstance(value, int) and value % 16 == 0
+            if aligned:
+                attributes[(kernel.arg_names.index(name),)] = [["tt.divisibility", 16]]
+        key = kernel.__name__, *signature.items(), *sorted(constants.items(), key=str), *attributes
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+        launches.setdefault(key, (kernel, signature, constants, attributes, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocks, "capability", lambda device: capability)
+        for module in LAUNCHERS:
+            patch.setattr(module, "launch", collect)
+        yield launches
+
+
+def compile_all(launches: dict, capability: int, tmp_path, one_of_each: bool) -> None:
+    """Compiles what was launched, or the last variant of every kernel."""
+    found = list(launches.values())
+    if one_of_each:
+        found = list({launch[0].__name__: launch for launch in found}.values())
+    for launch in found:
+        check(*launch, capability, tmp_path)
+
+
+def link(out, channels, kernel, groups=1, stride=1, dtype=torch.float32, activation=2, mode=1):
+    weight = torch.empty(out, channels // groups, kernel, kernel, dtype=dtype)
+    norm = [torch.empty(out, dtype=dtype) for _ in range(4)]
+    tensors = (None, *norm) if mode else (norm[0], None, None, None, None)
+    return Link(weight, *tensors, stride, kernel // 2, groups, activation, mode, 0.1, 1e-5)
+
+
+def run_chain(dtype, channels, links, size=(2, 32, 32)):
+    x = torch.empty(size[0], channels, *size[1:], dtype=dtype).to(memory_format=torch.channels_last)
+    conv_chain.forward(x, links, save=False)
+    y, stats, raw = conv_chain.forward(x, links, save=True)
+    norm = links[0].normalisation > 0
+    conv_chain.backward(torch.empty_like(y), x, links, stats, raw, [True, *[True, not norm, norm, norm] * len(links)])
+
+
+def stage(dtype, mode=1):
+    """A block of the backbone, then a grouped and a dense 3x3 convolution."""
+    links = [
+        link(64, 64, 3, 64, 2, dtype, mode=mode),
+        link(128, 64, 1, 1, 1, dtype, mode=mode),
+        link(32, 128, 3, 4, 1, dtype, 3, mode),
+        link(16, 32, 3, 1, 1, dtype, 1, mode),
+    ]
+    run_chain(dtype, 64, links)
+
+
+def stem(dtype, mode=1):
+    run_chain(dtype, 3, [link(8, 3, 3, 1, 2, dtype, mode=mode), link(8, 8, 3, 8, 1, dtype, mode=mode)])
+
+
+CALLS = {"stage": stage, "stem": stem}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("call,dtype", [("stage", torch.float16)], ids=str)
+def test_one_variant_of_every_kernel(call, dtype, capability, monkeypatch, tmp_path):
+    with collected(capability, monkeypatch) as launches:
+        CALLS[call](dtype)
+    compile_all(launches, capability, tmp_path, one_of_each=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", [0, 1, 2])
+@pytest.mark.parametrize("call", CALLS)
+def test_all_variants(call, mode, dtype, capability, monkeypatch, tmp_path):
+    with collected(capability, monkeypatch) as launches:
+        CALLS[call](dtype, mode)
+    compile_all(launches, capability, tmp_path, one_of_each=False)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp64"])
+def test_channel_shuffle(dtype, capability, tmp_path):
+    signature = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "total": "i64"}
+    signature |= dict.fromkeys(("channels", "inner", "groups"), "i32")
+    options = {"enable_fp_fusion": False}
+    check(channel_shuffle_kernel, signature, {"BLOCK": 1024}, {}, options, capability, tmp_path)

@@ -9,23 +9,25 @@ import pytest
 
 pytest.importorskip("triton")
 TESTS = Path(__file__).parent
-OPS = ["channel_shuffle"]
+OPS = {"channel_shuffle": "", "conv_chain_gpu": "many or eval or none or bfloat16"}
+"""Stems of test files, and what takes too long to run every time."""
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_op_tests_pass_in_the_interpreter(op):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "triton",
-        str(TESTS / f"test_{op}.py"),
-    ]
+def run(stem: str, selected: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", "-k", selected]
+    command.append(str(TESTS / f"test_{stem}.py"))
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout.splitlines()[-1], result.stdout
+
+
+@pytest.mark.parametrize("stem", OPS)
+def test_op_tests_pass_in_the_interpreter(stem):
+    run(stem, f"triton and not ({OPS[stem]})" if OPS[stem] else "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [stem for stem, left_out in OPS.items() if left_out])
+def test_all_op_tests_pass_in_the_interpreter(stem):
+    run(stem, "triton")

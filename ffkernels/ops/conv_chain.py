@@ -37,6 +37,7 @@ def supports(request: registry.Request) -> str | None:
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
 registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 NO_BATCH_NORM, BATCH_STATISTICS, GIVEN_STATISTICS = range(3)
 PARAMETERS = 6

@@ -16,6 +16,7 @@ from .conv_chain import run, supports
 OP = "grouped_conv_bn_act"
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
 registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 
 def grouped_conv_bn_act(

@@ -17,15 +17,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from ffkernels.ops.bifpn_node import Fusion  # noqa: E402
 from ffkernels.ops.conv_chain import Link  # noqa: E402
-from ffkernels.triton import batch_norm, blocks, conv, conv_chain  # noqa: E402
+from ffkernels.triton import batch_norm, bifpn_node, blocks, conv, conv_chain, multi_head, ssh_grouped  # noqa: E402
 from ffkernels.triton.channel_shuffle import channel_shuffle_kernel  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LAUNCHERS = (batch_norm, conv)
+LAUNCHERS = (batch_norm, conv, ssh_grouped, multi_head, bifpn_node)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float16: "fp16",
@@ -81,6 +82,7 @@ def collected(capability: int, monkeypatch) -> Iterator[dict]:
         patch.setattr(blocks, "capability", lambda device: capability)
         for module in LAUNCHERS:
             patch.setattr(module, "launch", collect)
+        patch.setattr(bifpn_node, "channel_shuffle", lambda x, groups: x)
         yield launches
 
 
@@ -100,8 +102,12 @@ def link(out, channels, kernel, groups=1, stride=1, dtype=torch.float32, activat
     return Link(weight, *tensors, stride, kernel // 2, groups, activation, mode, 0.1, 1e-5)
 
 
-def run_chain(dtype, channels, links, size=(2, 32, 32)):
-    x = torch.empty(size[0], channels, *size[1:], dtype=dtype).to(memory_format=torch.channels_last)
+def nhwc_map(channels, height, width, dtype, batch=2):
+    return torch.empty(batch, channels, height, width, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def run_chain(dtype, channels, links):
+    x = nhwc_map(channels, 32, 32, dtype)
     conv_chain.forward(x, links, save=False)
     y, stats, raw = conv_chain.forward(x, links, save=True)
     norm = links[0].normalisation > 0
@@ -123,14 +129,46 @@ def stem(dtype, mode=1):
     run_chain(dtype, 3, [link(8, 3, 3, 1, 2, dtype, mode=mode), link(8, 8, 3, 8, 1, dtype, mode=mode)])
 
 
-CALLS = {"stage": stage, "stem": stem}
+def ssh(dtype, mode=1):
+    """The block of V2."""
+    mode = mode or 1
+    shapes = [(16, 32), (8, 32), (8, 8), (8, 8), (8, 8)]
+    links = [link(o, i, 3, 4, 1, dtype, 1, mode) for o, i in shapes]
+    x = nhwc_map(32, 20, 20, dtype)
+    ssh_grouped.forward(x, links, 4, save=False)
+    y, stats, raw = ssh_grouped.forward(x, links, 4, save=True)
+    ssh_grouped.backward(torch.empty_like(y), x, links, stats, raw, 4, [True, *[True, False, True, True] * 5])
+
+
+def heads(dtype, mode=1):
+    maps = [nhwc_map(32, 20, 20, dtype), nhwc_map(32, 10, 10, dtype)]
+    for softmax in (False, True):
+        outputs = multi_head.scatter(maps, softmax)
+        multi_head.gather(outputs, outputs[1] if softmax else None, [z.shape for z in maps])
+
+
+def bifpn(dtype, mode=1):
+    """The nodes of V2 and one with the padding of V1."""
+    links = [link(32, 32, 3, 32, 1, dtype, 0, 0), link(32, 32, 1, 4, 1, dtype, 0, mode)]
+    links[0] = links[0]._replace(bias=None)
+    weight = torch.empty(3, dtype=dtype)
+    for resample, same in (((0, 1), False), ((0, 0, 2), True), ((0, 0, 2), False)):
+        inputs = [nhwc_map(32, n, n, dtype) for n in (20, 10 if resample[1] == 1 else 20, 40)[: len(resample)]]
+        fusion = Fusion(resample, 4, same, 1e-4)
+        bifpn_node.forward(inputs, weight, links, fusion, save=False)
+        y, v, stats, raw = bifpn_node.forward(inputs, weight, links, fusion, save=True)
+        needs = [True] * (len(inputs) + 1) + [True, False, False, False, True, mode == 0, mode > 0, mode > 0]
+        bifpn_node.backward(torch.empty_like(y), inputs, weight, v, links, stats, raw, fusion, needs)
+
+
+CALLS = {"stem": stem, "ssh": ssh, "heads": heads, "bifpn": bifpn, "stage": stage}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("call,dtype", [("stage", torch.float16)], ids=str)
-def test_one_variant_of_every_kernel(call, dtype, capability, monkeypatch, tmp_path):
+def test_one_variant_of_every_kernel(capability, monkeypatch, tmp_path):
     with collected(capability, monkeypatch) as launches:
-        CALLS[call](dtype)
+        for call in CALLS.values():
+            call(torch.float16)
     compile_all(launches, capability, tmp_path, one_of_each=True)
 
 

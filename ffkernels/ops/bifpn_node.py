@@ -16,7 +16,16 @@ from ..layout import memory_format
 from ..params import ConvParams
 from ..reference.bifpn_node import bifpn_node as reference
 from . import checks
-from .conv_chain import BATCH_STATISTICS, GIVEN_STATISTICS, NO_BATCH_NORM, PARAMETERS, Link, batched, links_of
+from .conv_chain import (
+    BATCH_STATISTICS,
+    GIVEN_STATISTICS,
+    NO_BATCH_NORM,
+    PARAMETERS,
+    Link,
+    batched,
+    links_of,
+    statistics_dtype,
+)
 from .library import define, kernels
 
 OP = "bifpn_node"
@@ -27,6 +36,7 @@ def _supports(request: registry.Request) -> str | None:
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 RESAMPLE = ("none", "up", "down")
 """``ff_resample`` of csrc/ff_api.h is the place in this tuple."""
@@ -83,7 +93,8 @@ def _fake(
     channels = links[-1].weight.shape[0]
     y = nhwc_map(channels).contiguous(memory_format=memory_format(inputs[0]))
     last = links[-1]
-    stats = [like.new_empty((4, channels))] if last.batch_statistics or (save and last.given_statistics) else []
+    kept = last.batch_statistics or (save and last.given_statistics)
+    stats = [like.new_empty((4, channels), dtype=statistics_dtype(like))] if kept else []
     return [y, *stats, *([nhwc_map(like.shape[1]), *(nhwc_map(k.weight.shape[0]) for k in links)] if save else [])]
 
 

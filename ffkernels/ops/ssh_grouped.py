@@ -14,7 +14,7 @@ from ..layout import memory_format
 from ..params import ConvParams, ConvUnit
 from ..reference.ssh_grouped import ssh_grouped as reference
 from . import checks
-from .conv_chain import RAW_OPS, Block, fake_backward, flatten, links_of, supports
+from .conv_chain import RAW_OPS, Block, fake_backward, flatten, links_of, statistics_dtype, supports
 from .library import define, kernels
 
 OP = "ssh_grouped"
@@ -27,6 +27,7 @@ def _supports(request: registry.Request) -> str | None:
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 LAYERS = ("conv3X3", "conv5X5_1", "conv5X5_2", "conv7X7_2", "conv7x7_3")
 
@@ -53,7 +54,9 @@ def _fake(
 
     stages = (n[0] + n[1], n[2] + n[3], n[4])
     y = empty(n[0] + n[2] + n[4], memory_format(x))
-    stats = [x.new_empty((4, channels)) for channels in stages] if save or links[0].batch_statistics else []
+    dtype = statistics_dtype(x)
+    kept = save or links[0].batch_statistics
+    stats = [x.new_empty((4, channels), dtype=dtype) for channels in stages] if kept else []
     return [y, *stats, *([empty(channels, torch.channels_last) for channels in stages] if save else [])]
 
 

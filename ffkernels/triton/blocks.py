@@ -30,6 +30,7 @@ BLOCKS: dict[str, list[tuple[int, Block]]] = {
     "weight_gradient": [(0, Block(16, 64, 64)), (80, Block(32, 64, 64, stages=3))],
     "depthwise": [(0, Block(64, 16))],
     "elementwise": [(0, Block(64, 32))],
+    "pooling": [(0, Block(32, 32))],
     "reduction": [(0, Block(128, 16))],
 }
 

@@ -18,15 +18,25 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from ffkernels.ops.bifpn_node import Fusion  # noqa: E402
+from ffkernels.ops.cbam import Application  # noqa: E402
 from ffkernels.ops.conv_chain import Link  # noqa: E402
-from ffkernels.triton import batch_norm, bifpn_node, blocks, conv, conv_chain, multi_head, ssh_grouped  # noqa: E402
+from ffkernels.triton import (  # noqa: E402
+    batch_norm,
+    bifpn_node,
+    blocks,
+    cbam,
+    conv,
+    conv_chain,
+    multi_head,
+    ssh_grouped,
+)
 from ffkernels.triton.channel_shuffle import channel_shuffle_kernel  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LAUNCHERS = (batch_norm, conv, ssh_grouped, multi_head, bifpn_node)
+LAUNCHERS = (batch_norm, cbam, conv, ssh_grouped, multi_head, bifpn_node)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float16: "fp16",
@@ -161,7 +171,17 @@ def bifpn(dtype, mode=1):
         bifpn_node.backward(torch.empty_like(y), inputs, weight, v, links, stats, raw, fusion, needs)
 
 
-CALLS = {"stem": stem, "ssh": ssh, "heads": heads, "bifpn": bifpn, "stage": stage}
+def attention(dtype, mode=1):
+    """The shared gate of V2 on 128 channels."""
+    shapes = ((2, 64), (2,), (64, 2), (64,), (4, 2, 7, 7), (4,), (4,), (4,), (4,))
+    params = [torch.empty(shape) for shape in shapes]
+    app = Application(*params, 0, True, True, mode != 2, 0.1, 1e-5)
+    x = nhwc_map(128, 20, 20, dtype)
+    y, _, saved = cbam.forward(x, None, app)
+    cbam.backward(torch.empty_like(y), x, y, app, saved, [True, False, *[True] * 7])
+
+
+CALLS = {"attention": attention, "stem": stem, "ssh": ssh, "heads": heads, "bifpn": bifpn, "stage": stage}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -14,6 +14,7 @@ OPS = {
     "conv_chain_gpu": "many or eval or none or bfloat16",
     "ssh_and_heads_gpu": "",
     "bifpn_node_gpu": "",
+    "cbam_gpu": "bfloat16",
 }
 """Stems of test files, and what takes too long to run every time."""
 

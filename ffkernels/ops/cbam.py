@@ -32,6 +32,7 @@ def _supports_cuda(request: registry.Request) -> str | None:
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
 registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_cuda)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 
 class Application(NamedTuple):

@@ -659,11 +659,15 @@ def join_kernel(
 
 
 class Geometry(NamedTuple):
-    """Stride, padding and groups of a square convolution."""
+    """Stride, padding and groups of a square convolution.
+
+    Groups that share a tile meet in zeros, and zero times NaN is NaN; ``pack`` False keeps a NaN within its group.
+    """
 
     stride: int = 1
     padding: int = 0
     groups: int = 1
+    pack: bool = True
 
     def output(self, x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         kernel = weight.shape[2]
@@ -698,9 +702,10 @@ def is_depthwise(weight: Tensor, geometry: Geometry) -> bool:
     return weight.shape[1] == 1 and weight.shape[0] == geometry.groups
 
 
-def pack(groups: int, columns: int) -> int:
-    """How many groups of ``columns`` columns share a tile: a divisor of ``groups``, 16 columns in all at most."""
-    return max(n for n in range(1, groups + 1) if groups % n == 0 and (n == 1 or n * columns <= 16))
+def pack(geometry: Geometry, columns: int) -> int:
+    """How many groups of ``columns`` columns share a tile: a divisor of the groups, 16 columns in all at most."""
+    groups = geometry.groups if geometry.pack else 1
+    return max(n for n in range(1, groups + 1) if geometry.groups % n == 0 and (n == 1 or n * columns <= 16))
 
 
 class Plan(NamedTuple):
@@ -722,7 +727,7 @@ def plan(weight: Tensor, geometry: Geometry, backward: bool) -> Plan:
     else:
         channels, outputs = weight.shape[1], weight.shape[0] // groups
         columns, terms = (channels, outputs) if backward else (outputs, channels)
-        shared = pack(groups, columns)
+        shared = pack(geometry, columns)
         size = block("conv", weight.device, shared * columns, shared * terms * kernel * kernel)
         chosen = conv_input_gradient_kernel if backward else conv_kernel
         blocks = groups // shared * triton.cdiv(shared * columns, size.columns)
@@ -839,7 +844,7 @@ def conv_weight_gradient(output: Output, weight: Tensor, geometry: Geometry, sou
         constants["TAPS"] = power_of_two(kernel * kernel, 1)
     else:
         channels, outputs = weight.shape[1], weight.shape[0] // groups
-        shared = pack(groups, outputs)
+        shared = pack(geometry, outputs)
         size = block("weight_gradient", weight.device, shared * channels * kernel * kernel, SPLIT)
         size = size._replace(rows=min(size.rows, power_of_two(shared * outputs)))
         chosen = conv_weight_gradient_kernel

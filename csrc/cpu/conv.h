@@ -146,12 +146,14 @@ struct OutputGradient {
         };
         if (b == nullptr) {
           along_pixels<T>(elements, period, i, [&](int64_t e, auto mask) {
+            prefetch(g + e + elements), prefetch(raw + e + elements);
             store(out + e, normalised.scale * gradient(e, mask, load(raw + e, mask)), mask);
           });
           continue;
         }
         const Vec<T> vb = Vec<T>::load(b + i), vc = Vec<T>::load(c + i);
         along_pixels<T>(elements, period, i, [&](int64_t e, auto mask) {
+          prefetch(g + e + elements), prefetch(raw + e + elements);
           const Vec<T> value = load(raw + e, mask), d = gradient(e, mask, value) - vb;
           store(out + e, normalised.scale * (d - (value - normalised.mean) * vc), mask);
         });
@@ -188,6 +190,7 @@ inline void activation_backward(const T *grad, const T *z, int64_t elements, int
       in_parts(elements, period, [&](int64_t first, int64_t part) {
         Vec<T> total = Vec<T>::zero(), product = Vec<T>::zero();
         along_pixels<T>(part, period, c, [&](int64_t i, auto mask) {
+          prefetch(z + first + i + elements);
           const Vec<T> value = load(z + first + i, mask);
           Vec<T> g = load(grad + first + i, mask);
           if constexpr (activation.value != FF_NONE)

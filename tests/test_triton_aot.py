@@ -27,6 +27,7 @@ from ffkernels.triton import (  # noqa: E402
     cbam,
     conv,
     conv_chain,
+    deform_conv2d,
     multi_head,
     ssh_grouped,
 )
@@ -36,7 +37,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LAUNCHERS = (batch_norm, cbam, conv, ssh_grouped, multi_head, bifpn_node)
+LAUNCHERS = (batch_norm, cbam, conv, deform_conv2d, ssh_grouped, multi_head, bifpn_node)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float16: "fp16",
@@ -181,7 +182,25 @@ def attention(dtype, mode=1):
     cbam.backward(torch.empty_like(y), x, y, app, saved, [True, False, *[True] * 7])
 
 
-CALLS = {"attention": attention, "stem": stem, "ssh": ssh, "heads": heads, "bifpn": bifpn, "stage": stage}
+def deform(dtype, mode=1):
+    """The first layer of the teacher's context module."""
+    x, offset, mask = (nhwc_map(n, 20, 20, dtype) for n in (56, 18, 9))
+    layer = link(28, 56, 3, 1, 1, dtype, 1, mode)
+    deform_conv2d.forward(x, offset, mask, layer, save=False)
+    y, stats, z = deform_conv2d.forward(x, offset, mask, layer, save=True)
+    needs = [True, True, True, True, not mode, mode > 0, mode > 0]
+    deform_conv2d.backward(torch.empty_like(y), x, offset, mask, layer, stats, z, needs)
+
+
+CALLS = {
+    "deform": deform,
+    "attention": attention,
+    "stem": stem,
+    "ssh": ssh,
+    "heads": heads,
+    "bifpn": bifpn,
+    "stage": stage,
+}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

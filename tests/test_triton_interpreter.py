@@ -15,6 +15,7 @@ OPS = {
     "ssh_and_heads_gpu": "",
     "bifpn_node_gpu": "",
     "cbam_gpu": "bfloat16",
+    "deform_conv2d_gpu": "",
 }
 """Stems of test files, and what takes too long to run every time."""
 

@@ -16,7 +16,7 @@ from ..layout import memory_format
 from ..params import ConvParams
 from ..reference.deform_conv2d import deform_conv2d as reference
 from . import checks
-from .conv_chain import BATCH_STATISTICS, GIVEN_STATISTICS, NO_BATCH_NORM, Link, links_of
+from .conv_chain import BATCH_STATISTICS, GIVEN_STATISTICS, NO_BATCH_NORM, Link, links_of, statistics_dtype
 from .library import define, kernels
 
 OP = "deform_conv2d"
@@ -26,7 +26,12 @@ def _supports(request: registry.Request) -> str | None:
     return None if request.facts.get("same_dtype", True) else "x, offset and mask have different dtypes"
 
 
+def _supports_triton(request: registry.Request) -> str | None:
+    return _supports(request) if request.facts.get("square", True) else "a kernel that is not square"
+
+
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_triton)
 
 
 def _like(x: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -68,7 +73,7 @@ def _fake(
     shape = (x.shape[0], channels, *offset.shape[2:])
     outputs = [_like(x, shape, x)]
     if link.batch_statistics or (save and link.given_statistics):
-        outputs.append(x.new_empty((4, channels)))
+        outputs.append(x.new_empty((4, channels), dtype=statistics_dtype(x)))
     if save and _saves_raw(link):
         outputs.append(torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last))
     return outputs
@@ -240,7 +245,7 @@ def deform_conv2d(
     record = checks.needs_grad(x, offset, mask, conv, bn)
     x, offset, mask = (checks.autocast_input(t) for t in (x, offset, mask))
     same = x.dtype == offset.dtype == mask.dtype
-    backend = registry.select(OP, x, policy or call_policy(), record, same_dtype=same)
+    backend = registry.select(OP, x, policy or call_policy(), record, same_dtype=same, square=kh == kw)
     if backend == "reference" or x.numel() == 0 or offset.numel() == 0:
         return reference(x, offset, mask, conv, bn, activation, negative_slope)
     return _call(x, offset, mask, conv, bn, activation, negative_slope, backend, record)

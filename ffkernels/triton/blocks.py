@@ -28,6 +28,7 @@ class Block(NamedTuple):
 BLOCKS: dict[str, list[tuple[int, Block]]] = {
     "conv": [(0, Block(64, 32, 32)), (80, Block(128, 32, 32, stages=3))],
     "weight_gradient": [(0, Block(16, 64, 64)), (80, Block(32, 64, 64, stages=3))],
+    "deform": [(0, Block(32, 32, 32, stages=1))],
     "depthwise": [(0, Block(64, 16))],
     "elementwise": [(0, Block(64, 32))],
     "pooling": [(0, Block(32, 32))],

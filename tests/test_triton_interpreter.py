@@ -35,6 +35,6 @@ def test_op_tests_pass_in_the_interpreter(stem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", OPS)
+@pytest.mark.parametrize("stem", [*OPS, "models_gpu"])
 def test_all_op_tests_pass_in_the_interpreter(stem):
     run(stem, "triton", "-m", "")

@@ -1,0 +1,30 @@
+"""The whole of V2 on each GPU backend, nothing left to the reference, against plain PyTorch in float64."""
+
+import copy
+
+import pytest
+import torch
+from backends import backends
+
+from featherface import create_model
+from ffkernels import set_fused
+
+GPUS = [p for p in backends("multi_head") if p.values[0].name != "cpu"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS)
+def test_v2_forward_and_backward(gpu):
+    torch.manual_seed(0)
+    plain = create_model("featherface_v2", fused=False).double().train()
+    single = copy.deepcopy(plain).float().to(gpu.device)
+    fused = set_fused(copy.deepcopy(single), gpu.policy)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for model in (fused, single, plain):
+        outputs = model(x.to(next(model.parameters())))
+        sum(y.square().mean() for y in outputs).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append([v.detach().double().cpu() for v in (*outputs, gradient)])
+    for mine, theirs, exact in zip(*results):
+        assert (mine - exact).norm() <= 3 * (theirs - exact).norm() + 1e-5 * exact.norm()

@@ -70,6 +70,13 @@ namespace py = pybind11;
   X(ff_cuda_cbam_apply)                     \
   X(ff_cuda_cbam_spatial_gradient)          \
   X(ff_cuda_cbam_backward)                  \
+  X(ff_cuda_bifpn_fuse)                     \
+  X(ff_cuda_bifpn_fuse_workspace)           \
+  X(ff_cuda_bifpn_fuse_backward)            \
+  X(ff_cuda_seam_join)                      \
+  X(ff_cuda_seam_split)                     \
+  X(ff_cuda_multi_head_scatter)             \
+  X(ff_cuda_multi_head_gather)              \
   X(ff_cuda_device_count)                   \
   X(ff_cuda_error_string)
 

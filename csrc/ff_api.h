@@ -296,6 +296,41 @@ FF_EXPORT int ff_cuda_cbam_backward(const void *grad, const void *y, const void 
                                     int64_t hidden, int64_t mlp_width, int64_t groups, int spatial_order,
                                     void *workspace, int dtype, void *stream);
 
+// The fusion of a BiFPN node on a device, as above, with fusion_weight and grad_weight in float32; v is activated
+// (FF_NONE or FF_SILU) before it is stored.
+FF_EXPORT int ff_cuda_bifpn_fuse(const void *x0, const void *x1, const void *x2, int resample0, int resample1,
+                                 int resample2, int64_t height0, int64_t width0, int64_t height1, int64_t width1,
+                                 int64_t height2, int64_t width2, const void *fusion_weight, int64_t weights,
+                                 double epsilon, int same, int64_t batch, int64_t channels, int64_t height,
+                                 int64_t width, int activation, void *v, int dtype, void *stream);
+FF_EXPORT int64_t ff_cuda_bifpn_fuse_workspace(int64_t batch, int64_t channels, int64_t height, int64_t width);
+FF_EXPORT int ff_cuda_bifpn_fuse_backward(const void *x0, const void *x1, const void *x2, int resample0, int resample1,
+                                          int resample2, int64_t height0, int64_t width0, int64_t height1,
+                                          int64_t width1, int64_t height2, int64_t width2, const void *fusion_weight,
+                                          int64_t weights, double epsilon, int same, int64_t batch, int64_t channels,
+                                          int64_t height, int64_t width, const void *grad, void *grad0, void *grad1,
+                                          void *grad2, void *grad_weight, void *workspace, int dtype, void *stream);
+
+// Up to three raw outputs z_i (pixels, channels_i), channels_i 0 ending the list, with their stats (NULL: as they are):
+// y = activation(batch norm) of their concatenation, shuffled. split: from the gradient of y those of the batch
+// normalised values, g_i (pixels, channels_i).
+FF_EXPORT int ff_cuda_seam_join(const void *z0, int64_t channels0, const void *stats0, const void *z1,
+                                int64_t channels1, const void *stats1, const void *z2, int64_t channels2,
+                                const void *stats2, int activation, int64_t pixels, int64_t groups, void *y, int dtype,
+                                void *stream);
+FF_EXPORT int ff_cuda_seam_split(const void *grad, const void *z0, int64_t channels0, const void *stats0,
+                                 const void *z1, int64_t channels1, const void *stats1, const void *z2,
+                                 int64_t channels2, const void *stats2, int activation, int64_t pixels, int64_t groups,
+                                 void *g0, void *g1, void *g2, int dtype, void *stream);
+
+// As ff_cpu_multi_head_*, on a device.
+FF_EXPORT int ff_cuda_multi_head_scatter(const void *z, int64_t batch, int64_t pixels, int64_t anchors, int softmax,
+                                         void *bbox, void *cls, void *landmarks, int64_t first_row, int64_t rows,
+                                         int dtype, void *stream);
+FF_EXPORT int ff_cuda_multi_head_gather(const void *bbox, const void *cls, const void *landmarks,
+                                        const void *probabilities, int64_t batch, int64_t pixels, int64_t anchors,
+                                        void *z, int64_t first_row, int64_t rows, int dtype, void *stream);
+
 // Number of CUDA devices, or the negated cudaError_t where the driver cannot say.
 FF_EXPORT int ff_cuda_device_count(void);
 FF_EXPORT const char *ff_cuda_error_string(int code);

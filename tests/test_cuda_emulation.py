@@ -18,7 +18,15 @@ from ffkernels import native
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-OPS = ["channel_shuffle", "cbam_gpu", "conv_chain_gpu", "detection_gpu", "preprocess_gpu"]
+OPS = [
+    "bifpn_node_gpu",
+    "cbam_gpu",
+    "channel_shuffle",
+    "conv_chain_gpu",
+    "detection_gpu",
+    "preprocess_gpu",
+    "ssh_and_heads_gpu",
+]
 FLOATS = ctypes.POINTER(ctypes.c_float)
 
 if not (ROOT / "csrc" / "emulation" / "build.py").exists():

@@ -17,7 +17,7 @@ from .conv import ACTIVATIONS, empty_nhwc, pointer, workspace
 SILU = ACTIVATIONS["silu"]
 
 
-def _arguments(inputs: Sequence[Tensor], fusion_weight: Tensor, fusion: Fusion) -> list[int | float]:
+def arguments(inputs: Sequence[Tensor], fusion_weight: Tensor, fusion: Fusion) -> list[int | float]:
     """What both entries begin with; inputs are NHWC, absent ones NULL."""
     missing = 3 - len(inputs)
     target = inputs[fusion.resample.index(0)]
@@ -37,7 +37,7 @@ def _arguments(inputs: Sequence[Tensor], fusion_weight: Tensor, fusion: Fusion) 
     ]
 
 
-def _in_order_of_convolution(link: Link, groups: int) -> Link:
+def in_order_of_convolution(link: Link, groups: int) -> Link:
     """The normalisation of shuffled channels, for use in front of the shuffle."""
     if groups == 1:
         return link
@@ -54,10 +54,10 @@ def forward(
     inputs = [nhwc(x) for x in inputs]
     v = empty_nhwc(inputs[fusion.resample.index(0)].shape, inputs[0])
     code = native.ff_cpu_bifpn_fuse(
-        *_arguments(inputs, fusion_weight, fusion), v.data_ptr(), DTYPES[v.dtype], torch.get_num_threads()
+        *arguments(inputs, fusion_weight, fusion), v.data_ptr(), DTYPES[v.dtype], torch.get_num_threads()
     )
     check(code, "bifpn_node", *inputs)
-    links = [*links[:-1], _in_order_of_convolution(links[-1], fusion.shuffle_groups)]
+    links = [*links[:-1], in_order_of_convolution(links[-1], fusion.shuffle_groups)]
     y, stats, raw = conv_chain.forward(v, links, save, SILU)
     return channel_shuffle(y, fusion.shuffle_groups) if fusion.shuffle_groups > 1 else y, v, stats, raw
 
@@ -80,7 +80,7 @@ def backward(
     grad = nhwc(grad)
     if fusion.shuffle_groups > 1:
         grad = channel_shuffle(grad, grad.shape[1] // fusion.shuffle_groups)
-    links = [*links[:-1], _in_order_of_convolution(links[-1], fusion.shuffle_groups)]
+    links = [*links[:-1], in_order_of_convolution(links[-1], fusion.shuffle_groups)]
     wanted = needs_weight or any(needs_inputs)
     found = iter(conv_chain.backward(grad, v, links, stats, raw, [wanted, *needs_links], SILU))
     grad_v = next(found) if wanted else None
@@ -96,7 +96,7 @@ def backward(
     threads = torch.get_num_threads()
     memory = workspace(native.ff_cpu_bifpn_fuse_workspace(threads))
     code = native.ff_cpu_bifpn_fuse_backward(
-        *_arguments(inputs, fusion_weight, fusion),
+        *arguments(inputs, fusion_weight, fusion),
         grad_v.data_ptr(),
         *(pointer(g) for g in grads),
         *[0] * (3 - count),

@@ -196,29 +196,47 @@ def conv_weight_gradient(grad: Tensor, source: Source, link: Link) -> Tensor:
     return out
 
 
-def forward(x: Tensor, links: list[Link], save: bool) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-    """The output (NHWC), ``stats`` of every link, and with ``save`` the raw output z of every link."""
+def deferred(
+    x: Tensor, links: list[Link], save: bool, x_activation: int = 0
+) -> tuple[Source, list[Tensor | None], list[Tensor]]:
+    """What :func:`forward` returns, the output's normalisation and activation yet to be applied."""
+    source = Source(nhwc(x), None, x_activation)
+    all_stats: list[Tensor | None] = []
+    raw: list[Tensor] = []
+    for i, link in enumerate(links):
+        stats = given_statistics(link) if link.given_statistics else None
+        at_once = not save and not link.batch_statistics
+        z = conv_forward(source, link, Source(x, stats, link.activation, link.slope) if at_once else None)
+        if link.batch_statistics:
+            stats = batch_statistics(z, link)
+        all_stats.append(stats)
+        source = Source(z) if at_once else Source(z, stats, link.activation, link.slope)
+        if save and (i + 1 < len(links) or not source.plain):
+            raw.append(z)
+    return source, all_stats, raw
+
+
+def forward(
+    x: Tensor, links: list[Link], save: bool, x_activation: int = 0
+) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+    """The output (NHWC), ``stats`` of every link, and with ``save`` the raw output z of every link.
+
+    The first link reads x_activation(x)."""
     with on_device(x):
-        source = Source(nhwc(x))
-        all_stats: list[Tensor | None] = []
-        raw: list[Tensor] = []
-        for i, link in enumerate(links):
-            stats = given_statistics(link) if link.given_statistics else None
-            at_once = not save and not link.batch_statistics
-            z = conv_forward(source, link, Source(x, stats, link.activation, link.slope) if at_once else None)
-            if link.batch_statistics:
-                stats = batch_statistics(z, link)
-            all_stats.append(stats)
-            source = Source(z) if at_once else Source(z, stats, link.activation, link.slope)
-            if save and (i + 1 < len(links) or not source.plain):
-                raw.append(z)
+        source, all_stats, raw = deferred(x, links, save, x_activation)
         if source.plain:
             return source.x, all_stats, raw
         return batch_norm_apply(source, torch.empty_like(source.x) if save else source.x), all_stats, raw
 
 
 def backward(
-    grad: Tensor, x: Tensor, links: list[Link], stats: list[Tensor | None], raw: list[Tensor], needs: list[bool]
+    grad: Tensor,
+    x: Tensor,
+    links: list[Link],
+    stats: list[Tensor | None],
+    raw: list[Tensor],
+    needs: list[bool],
+    x_activation: int = 0,
 ) -> list[Tensor]:
     """Gradients of x and of weight, bias, bn_weight, bn_bias of every link, those that ``needs`` marks."""
     with on_device(x):
@@ -233,7 +251,7 @@ def backward(
             sums = batch_norm_reduce(grad, output) if link.batch_statistics or any(marks) else None
             if sums is not None:
                 grads[2 + 4 * i : 5 + 4 * i] = link_gradients(link, output.stats, sums, marks)
-            source = Source(x) if i == 0 else outputs[i - 1]
+            source = Source(x, None, x_activation) if i == 0 else outputs[i - 1]
             onward = any(needs[: 1 + 4 * i])
             if not onward and not needs[1 + 4 * i]:
                 break

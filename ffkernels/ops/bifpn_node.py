@@ -36,6 +36,7 @@ def _supports(request: registry.Request) -> str | None:
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 RESAMPLE = ("none", "up", "down")
@@ -222,7 +223,8 @@ def _call(
         statistics = (bn.running_mean, bn.running_var) if mode == GIVEN_STATISTICS and last else (None, None)
         params += [conv.weight, conv.bias, *((bn.weight, bn.bias) if last else (None, None)), *statistics]
     dtype = target.dtype
-    weight, *params = (t if t is None else t.to(dtype).contiguous() for t in (fusion_weight, *params))
+    weight = fusion_weight.to(statistics_dtype(target)).contiguous()
+    params = [t if t is None else t.to(dtype).contiguous() for t in params]
     if record:
         y, *stats = _BiFPNNode.apply(integers, floats, len(inputs), backend, *inputs, weight, *params)
     else:

@@ -19,6 +19,7 @@ from .library import define, kernels
 
 OP = "multi_head"
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 

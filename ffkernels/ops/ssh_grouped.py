@@ -27,9 +27,13 @@ def _supports(request: registry.Request) -> str | None:
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 LAYERS = ("conv3X3", "conv5X5_1", "conv5X5_2", "conv7X7_2", "conv7x7_3")
+_PAIRS = ((0, 1), (2, 3), (4,))
+STAGES = {"cpu": _PAIRS, "triton": _PAIRS, "cuda": ((0,), (1,), (2,), (3,), (4,))}
+"""Which of the layers have their raw outputs and statistics side by side in one tensor, by backend."""
 
 
 def _run(
@@ -52,7 +56,7 @@ def _fake(
         size = (batch, channels, height, width)
         return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
 
-    stages = (n[0] + n[1], n[2] + n[3], n[4])
+    stages = [sum(n[i] for i in stage) for stage in STAGES[backend]]
     y = empty(n[0] + n[2] + n[4], memory_format(x))
     dtype = statistics_dtype(x)
     kept = save or links[0].batch_statistics
@@ -71,7 +75,8 @@ def _run_backward(
     backend: str,
 ) -> list[Tensor]:
     links = links_of(params, integers[:-1], floats)
-    grads = kernels(backend, OP).backward(grad, x, links, saved[:3], saved[3:], integers[-1], needs)
+    count = len(STAGES[backend])
+    grads = kernels(backend, OP).backward(grad, x, links, saved[:count], saved[count:], integers[-1], needs)
     if needs[0]:
         grads[0] = grads[0].contiguous(memory_format=memory_format(x))
     return grads
@@ -145,13 +150,12 @@ def ssh_grouped(
     integers, floats, params = flatten(x, [ConvUnit(conv, bn, "relu") for conv, bn in zip(convs, bns)])
     integers.append(shuffle_groups)
     if record:
-        y, *stats = Block.apply(x, OP, 3, integers, floats, backend, *params)
+        y, *stats = Block.apply(x, OP, len(STAGES[backend]), integers, floats, backend, *params)
     else:
         y, *stats = _raw(x, params, integers, floats, False, backend)
     if bns[0].training:
-        split = [
-            part for s, sizes in zip(stats, (channels[:2], channels[2:4], channels[4:])) for part in s.split(sizes, 1)
-        ]
+        sizes = [[channels[i] for i in stage] for stage in STAGES[backend]]
+        split = [part for s, widths in zip(stats, sizes) for part in s.split(widths, 1)]
         count = batch * height * width
         update_running_statistics([(bn, part[0], part[1], count) for bn, part in zip(bns, split)])
     return y

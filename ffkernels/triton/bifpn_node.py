@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..cpu.bifpn_node import SILU, _in_order_of_convolution
+from ..cpu.bifpn_node import SILU, in_order_of_convolution
 from ..ops.bifpn_node import Fusion
 from ..ops.conv_chain import Link, nhwc
 from . import conv_chain
@@ -328,7 +328,7 @@ def forward(
     """The output (NHWC), the fused map v, and ``stats`` and raw outputs of the convolutions before the shuffle."""
     with on_device(inputs[0]):
         v = fuse([nhwc(x) for x in inputs], fusion_weight, fusion)
-        links = [*links[:-1], _in_order_of_convolution(links[-1], fusion.shuffle_groups)]
+        links = [*links[:-1], in_order_of_convolution(links[-1], fusion.shuffle_groups)]
         y, stats, raw = conv_chain.forward(v, links, save, SILU)
         return channel_shuffle(y, fusion.shuffle_groups) if fusion.shuffle_groups > 1 else y, v, stats, raw
 
@@ -351,7 +351,7 @@ def backward(
         grad = nhwc(grad)
         if groups > 1:
             grad = channel_shuffle(grad, grad.shape[1] // groups)
-        links = [*links[:-1], _in_order_of_convolution(links[-1], groups)]
+        links = [*links[:-1], in_order_of_convolution(links[-1], groups)]
         wanted = needs_weight or any(needs_inputs)
         found = iter(conv_chain.backward(grad, v, links, stats, raw, [wanted, *needs_links], SILU))
         grad_v = next(found) if wanted else None

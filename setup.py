@@ -1,7 +1,8 @@
 """Builds the native kernels: ffkernels._native (pybind11), one libffcpu per instruction set, libffcuda.
 
 PyTorch is not needed to build. Environment: FF_BUILD_CPU=0|1 (default 1), FF_BUILD_CUDA=auto|0|1 (default auto: build
-where nvcc is found), FF_CUDA_ARCHS="80;90" (default by toolkit version), FF_NVCC, CXX, CXXFLAGS, MAX_JOBS.
+where nvcc is found), FF_CUDA_ARCHS="80;90" (default by toolkit version), FF_OPENMP=1|0 (default: where the compiler has
+it; 0 takes std::thread), FF_NVCC, CXX, CXXFLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def choice(name: str, allowed: tuple[str, ...]) -> str:
 
 BUILD_CPU = choice("FF_BUILD_CPU", ("1", "0")) == "1" and os.name != "nt"
 BUILD_CUDA = choice("FF_BUILD_CUDA", ("auto", "0", "1"))
+OPENMP = choice("FF_OPENMP", ("1", "0")) == "1"
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -230,8 +232,11 @@ class BuildNative(build_ext):
 
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         flags = [*CXXFLAGS, *extra, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
-        openmp = ["-fopenmp"] if compiles(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return 0; }", True) else []
-        shared = ["-shared", *openmp, *extra] + ([] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"])
+        openmp = ["-fopenmp"]
+        if not OPENMP or not compiles(cxx, openmp, "#include <omp.h>\nint main() { return 0; }", True):
+            openmp = []
+        threads = openmp or ["-pthread"]
+        shared = ["-shared", *threads, *extra] + ([] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"])
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
         built, skipped = {}, {}
         for isa, isa_flags in INSTRUCTION_SETS.items():

@@ -58,7 +58,7 @@ def peaks(threads: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="featherface_v2", choices=featherface.list_models())
-    parser.add_argument("--size", type=int, default=640)
+    parser.add_argument("--size", default="640", metavar="HxW", help="320 or 720x1280")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--names", nargs="+", default=[*NAMES, "torch.compile frozen"])
@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
 
+    sides = [int(side) for side in arguments.size.split("x")]
+    height, width = sides[0], sides[-1]
     torch.manual_seed(0)
     model = featherface.create_model(arguments.model).eval()
     results = Results({"model": arguments.model, "size": arguments.size, "batch": arguments.batch, "peaks": []})
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         setup = Setup(model, "cpu", threads)
-        x = setup.input(arguments.batch, arguments.size)
+        x = setup.input(arguments.batch, max(height, width))[..., :height, :width].contiguous()
         case = f"{threads} threads"
         runs = {}
         with torch.no_grad():

@@ -236,7 +236,8 @@ class BuildNative(build_ext):
         if not OPENMP or not compiles(cxx, openmp, "#include <omp.h>\nint main() { return 0; }", True):
             openmp = []
         threads = openmp or ["-pthread"]
-        shared = ["-shared", *threads, *extra] + ([] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"])
+        linux = [] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"]
+        shared = ["-shared", *threads, *extra, *linux]
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
         built, skipped = {}, {}
         for isa, isa_flags in INSTRUCTION_SETS.items():

@@ -1,4 +1,5 @@
-// Splitting a range over threads: OpenMP's, or new ones where there is no OpenMP. Static and contiguous, so the same range always goes to the same thread.
+// Splitting a range over threads: OpenMP's, or new ones where there is no OpenMP. Static and contiguous, so the same
+// range always goes to the same thread.
 #pragma once
 #include <algorithm>
 #include <cstdint>

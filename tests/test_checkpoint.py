@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from layers import randomize
 
-from featherface import create_model, list_models
+from featherface import create_model, list_models, weights
 from featherface.errors import CheckpointError
 from featherface.models import load_weights, save_weights
 from featherface.models.checkpoint import load_backbone, read_tensors, shared_names
@@ -253,7 +253,8 @@ class TestErrors:
         message = self.load(tmp_path / "w.pth", "featherface_v2_ultra")
         assert "ssh1.conv3X3.0.weight, ssh2.conv3X3.0.weight" in message and "differ in the file" in message
 
-    def test_pretrained_without_weights(self):
+    def test_pretrained_without_weights(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(weights, "FOLDER", tmp_path)
         for name in list_models():
             with pytest.raises(CheckpointError, match=f"no weights of {name} come with .* pass weights='FILE'"):
                 create_model(name, pretrained=True)

@@ -140,9 +140,13 @@ def test_a_run_leaves_what_it_should(root, reference):
 
 
 def test_the_card_states_what_the_run_says(reference):
-    card = model_card(reference[0], {"Bench": {"protocol": "orig", "ap": {"easy": 0.5}}})
-    for text in ("256,148 parameters", "`annotated`: annotated, 30 % of it", "featherface_v1", "easy 50.00", "MIT"):
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "teacher_ap" / "wider_val_bench_orig.json"
+    report = json.loads(results.read_text())
+    card = model_card(reference[0], {"Bench": report})
+    for text in ("256,148 parameters", "`annotated`: annotated, 30 % of it", "featherface_v1", "### Bench", "MIT"):
         assert text in card
+    easy = report["average_precision"]["WIDER FACE"]["easy"]
+    assert f"| WIDER FACE | easy | {easy['faces']} | {100 * easy['ap']:.1f} |" in card
     assert "Not measured on any other data" in (reference[0] / "model_card.md").read_text()
     with pytest.raises(FeatherFaceError, match="no checkpoint"):
         model_card(reference[0].parent / "absent")

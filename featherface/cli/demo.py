@@ -49,8 +49,7 @@ def demo(
 ) -> None:
     """Find the face in a public-domain photograph; show the time of each stage and which kernels ran.
 
-    The photograph comes with scikit-image (extra: demo). Until trained weights come with this package, name some with
-    --weights.
+    The photograph comes with scikit-image (extra: demo).
     """
     options.writable_file(output, "--output")
     detector = FaceDetector(weights, model, device, size=size, fused=fused, threads=threads)

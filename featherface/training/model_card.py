@@ -90,6 +90,11 @@ def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]
         f"- {config.task.assigner} assignment, {config.task.classification} and {config.task.box} losses; "
         f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}.",
     ]
+    start = config.model.weights or config.model.backbone_weights
+    if start:
+        lines.append(
+            f"- Started from {'all weights' if config.model.weights else 'the backbone'} of `{Path(start).name}`."
+        )
     if distillation.teacher:
         weights = {
             "class": distillation.class_weight,
@@ -125,15 +130,19 @@ def _results(validation: list[dict[str, str]], reports: Mapping[str, Mapping[str
     if not reports:
         lines.append("Not measured on any other data; no speed was measured.")
     for title, report in reports.items():
-        facts = [f"{key}: {report[key]}" for key in ("protocol", "data_set", "device") if report.get(key)]
-        ap = report.get("ap") or report.get("average_precision") or {}
-        values = ", ".join(f"{name} {100 * _number(value):.2f}" for name, value in ap.items())
-        lines.append(f"- {title} ({'; '.join(facts)}): {values}")
+        facts = (
+            f"{report['images']} images, {report['protocol']['description']}; score > {report['score_threshold']:g}, "
+            f"NMS {report['nms_threshold']:g}; percent, {100 * report['confidence']:g} % bootstrap interval; "
+            f"{report['date'][:10]}; weights with SHA-256 `{report['weights_sha256'][:12]}`"
+        )
+        lines += [f"### {title}", "", facts, "", "| rules | faces | number | AP | interval |", "|---|---|---|---|---|"]
+        for rules, groups in report["average_precision"].items():
+            for group, result in groups.items():
+                values = [result[key] for key in ("ap", "low", "high")]
+                ap, low, high = ("-" if value is None else f"{100 * value:.1f}" for value in values)
+                lines.append(f"| {rules} | {group} | {result['faces']} | {ap} | {low} to {high} |")
+        lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def _number(value: Any) -> float:
-    return float(value["value"] if isinstance(value, Mapping) else value)
 
 
 def _limits(config: Config) -> str:

@@ -139,9 +139,16 @@ def _results(validation: list[dict[str, str]], reports: Mapping[str, Mapping[str
         for rules, groups in report["average_precision"].items():
             for group, result in groups.items():
                 values = [result[key] for key in ("ap", "low", "high")]
-                ap, low, high = ("-" if value is None else f"{100 * value:.1f}" for value in values)
-                lines.append(f"| {rules} | {group} | {result['faces']} | {ap} | {low} to {high} |")
+                if None not in values:
+                    ap, low, high = (f"{100 * value:.1f}" for value in values)
+                    lines.append(f"| {rules} | {group} | {result['faces']} | {ap} | {low} to {high} |")
         lines.append("")
+        if error := report.get("landmark_error"):
+            lines += [
+                f"Landmark error: mean {100 * error['mean']:.2f} %, median {100 * error['median']:.2f} % of the distance "
+                f"between the eyes, on {error['found']} of {error['faces']} faces.",
+                "",
+            ]
     return "\n".join(lines).rstrip()
 
 

@@ -145,8 +145,8 @@ def _results(validation: list[dict[str, str]], reports: Mapping[str, Mapping[str
         lines.append("")
         if error := report.get("landmark_error"):
             lines += [
-                f"Landmark error: mean {100 * error['mean']:.2f} %, median {100 * error['median']:.2f} % of the distance "
-                f"between the eyes, on {error['found']} of {error['faces']} faces.",
+                f"Landmark error: mean {100 * error['mean']:.2f} %, median {100 * error['median']:.2f} % of the "
+                f"distance between the eyes, on {error['found']} of {error['faces']} faces.",
                 "",
             ]
     return "\n".join(lines).rstrip()

@@ -23,7 +23,7 @@ _COMMON: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": _COMMON,
-    # The default's recipe with a tenth of the work: smaller views, fewer epochs, no features of the teacher.
+    # The default's recipe with less work: smaller views, fewer epochs, no features of the teacher.
     "cpu": {
         **_COMMON,
         "data": {"sources": _COMMON["data"]["sources"][:2]},

@@ -82,7 +82,7 @@ def configuration(arguments: argparse.Namespace, changes: list[str]) -> Config:
         "average.decay=0.998",
         "validation.every=0",
         f"batches.size={arguments.batch}",
-        f"augmentation.size={arguments.size}",
+        f"augmentation.sizes=[{arguments.size}]",
         f"runtime.seed={arguments.seed}",
         f"runtime.device={arguments.device}",
         f"runtime.amp={arguments.amp}",

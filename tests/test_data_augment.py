@@ -12,7 +12,7 @@ from featherface.data.augment import FILL, Look, View, blur, crop, develop, draw
 from ffkernels.ops.preprocess import MEAN
 
 NOTHING = np.empty((0, 4))
-PLAIN = Augmentation(size=96, mirror=0, distort=0, grey=0, blur=0, jpeg=0)
+PLAIN = Augmentation(mirror=0, distort=0, grey=0, blur=0, jpeg=0)
 
 
 def plain_view(source, target, mirror=False, **changes):
@@ -30,7 +30,7 @@ def test_the_numbers_of_a_view_depend_on_seed_epoch_and_image_alone():
 @pytest.mark.parametrize("scale", [0.3, 0.8, 1.0, 1.3, 2.0])
 def test_faces_stay_where_their_pixels_are(scale, mirror):
     """A white rectangle as face, and five coloured marks as landmarks, found again in the view."""
-    config = Augmentation(size=96, scales=[scale], mirror=mirror, aliased=1.0, distort=0, grey=0, blur=0, jpeg=0)
+    config = Augmentation(scales=[scale], mirror=mirror, aliased=1.0, distort=0, grey=0, blur=0, jpeg=0)
     box, image = np.array([[60.0, 40.0, 100.0, 90.0]]), Image.new("RGB", (150, 120), (10, 60, 20))
     draw = ImageDraw.Draw(image)
     draw.rectangle((60, 40, 99, 89), fill=(255, 255, 255))
@@ -39,7 +39,7 @@ def test_faces_stay_where_their_pixels_are(scale, mirror):
         draw.rectangle((x - 3, y - 3, x + 2, y + 2), fill=(50 * index, 0, 0))
     pixels = torch.from_numpy(np.array(image))
     for index in range(6):
-        view = draw_view(generator(7, 0, index), 150, 120, box, config)
+        view = draw_view(generator(7, 0, index), 150, 120, box, config, 96)
         out = torch.empty(3, 96, 96, dtype=torch.uint8)
         crop(pixels, view, out)
         faces = view_faces(view, box, eyes[None], NOTHING, 96, 0.0)
@@ -57,12 +57,12 @@ def test_faces_stay_where_their_pixels_are(scale, mirror):
 
 
 def test_crops_hold_a_face_and_zoom_out_shows_the_mean():
-    config = Augmentation(size=64, scales=[0.3, 2.0], tries=200)
+    config = Augmentation(scales=[0.3, 2.0], tries=200)
     box = np.array([[140.0, 100.0, 150.0, 112.0]])
     pixels = torch.zeros(160, 200, 3, dtype=torch.uint8)
     kinds = set()
     for index in range(20):
-        view = draw_view(generator(0, 0, index), 200, 160, box, config)
+        view = draw_view(generator(0, 0, index), 200, 160, box, config, 64)
         assert len(view_faces(view, box, np.full((1, 5, 2), np.nan), NOTHING, 64, 0.0).boxes) == 1
         out = torch.empty(3, 64, 64, dtype=torch.uint8)
         crop(pixels, view, out)
@@ -96,7 +96,7 @@ def test_faces_are_cut_dropped_or_ignored():
 def test_extreme_photographs_have_views(size):
     width, height = size
     for index in range(20):
-        view = draw_view(generator(0, 0, index), width, height, NOTHING, Augmentation(size=32))
+        view = draw_view(generator(0, 0, index), width, height, NOTHING, Augmentation(), 32)
         crop(torch.zeros(height, width, 3, dtype=torch.uint8), view, torch.empty(3, 32, 32, dtype=torch.uint8))
         assert min(view.source[2:]) >= 1 and min(view.target[2:]) >= 1
         assert view.source[0] + view.source[2] <= width and view.source[1] + view.source[3] <= height
@@ -117,14 +117,14 @@ def test_developing_an_untouched_view_gives_the_networks_input():
 def test_colours_follow_their_formulas():
     """Extreme draws: full contrast change, grey, hue that leaves grey alone."""
     rng = np.random.default_rng(0)
-    config = Augmentation(distort=1.0, grey=1.0, size=32)
+    config = Augmentation(distort=1.0, grey=1.0)
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
-    view = draw_view(rng, 40, 40, NOTHING, config)
+    view = draw_view(rng, 40, 40, NOTHING, config, 32)
     view = view._replace(target=(0, 0, 32, 32), sigma=0.0, quality=0.0, offset=0.0)
     grey = develop(pixels, Look.of([view], 32)) + torch.tensor(MEAN)[:, None, None]
     assert torch.allclose(grey[:, 0], grey[:, 1]) and torch.allclose(grey[:, 0], grey[:, 2])
     for _ in range(20):
-        matrix = draw_view(rng, 40, 40, NOTHING, Augmentation(distort=1.0, grey=0.0, contrast=0.0)).matrix
+        matrix = draw_view(rng, 40, 40, NOTHING, Augmentation(distort=1.0, grey=0.0, contrast=0.0), 32).matrix
         np.testing.assert_allclose(matrix @ np.ones(3), np.ones(3), atol=1e-12)
 
 

@@ -22,7 +22,7 @@ from featherface.data import (
 )
 from featherface.errors import DataError
 
-SMALL = Augmentation(size=64)
+SMALL = Augmentation(sizes=[64])
 
 
 @pytest.fixture
@@ -225,8 +225,8 @@ def test_a_set_smaller_than_a_batch_is_repeated(folder):
 def test_batches_carry_faces_landmarks_and_missing_labels(folder, tmp_path):
     make_faces(tmp_path / "plain", 3, seed=9)
     data = load_data([Source("set"), Source("plain", labels="none")], tmp_path)
-    config = Augmentation(size=64, scales=[3.0], mirror=0.0, min_face=0.0)
-    batch = Loader(data, config, 9).prepare(np.arange(9), 0)
+    config = Augmentation(sizes=[64], scales=[3.0], mirror=0.0, min_face=0.0)
+    batch = Loader(data, config, 9).prepare(np.arange(9), 64, 0)
     assert batch.targets.labelled.tolist() == [True] * 6 + [False] * 3
     assert batch.targets.image.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert batch.targets.has_landmarks.all()
@@ -252,3 +252,19 @@ def test_nothing_to_train_on_is_an_error(folder, tmp_path):
         load_data([Source("set"), Source("set")], tmp_path)
     with pytest.raises(DataError, match="chosen for validation"):
         load_data([Source("set", validation=1e-9)], tmp_path)
+
+
+def test_each_batch_draws_its_size_and_keeps_it_when_resumed(folder):
+    data = load_data([Source("set")], folder.parent)
+    config = Augmentation(sizes=[32, 64, 96])
+
+    def shapes(epoch, first=0, **options):
+        return [batch.images.shape[2:] for batch in Loader(data, config, 1, seed=3, **options).epoch(epoch, first)]
+
+    epochs = [shapes(epoch) for epoch in range(8)]
+    assert {height for epoch in epochs for height, _ in epoch} == {32, 64, 96}
+    assert all(height == width for epoch in epochs for height, width in epoch)
+    assert shapes(5, first=2) == epochs[5][2:]
+    assert shapes(5, workers=2) == epochs[5]
+    other = Loader(data, config, 1, seed=3, rank=1, world_size=2)
+    assert [batch.images.shape[2:] for batch in other.epoch(5)] == epochs[5][: other.batches_per_epoch]

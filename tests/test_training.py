@@ -71,7 +71,7 @@ def make_config(root, **changes) -> Config:
             ],
             "split_seed": 4,
         },
-        "augmentation": {"size": 64},
+        "augmentation": {"sizes": [64]},
         "batches": {"size": 2, "workers": 0},
         "distillation": {"teacher": "featherface_v1", "weights": "teacher.safetensors"},
         "optimizer": {"lr": 1e-3},

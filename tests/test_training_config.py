@@ -68,7 +68,7 @@ def test_every_option_is_explained():
         ({"runtime": {"amp": "fp8"}}, "runtime.amp is 'fp8'; choose from"),
         ({"batches": {"size": 0}}, "batches.size is 0; it must be at least 1"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr is nan"),
-        ({"augmentation": {"size": 100}}, "multiple of 32"),
+        ({"augmentation": {"sizes": [64, 100]}}, "multiple of 32"),
         ({"augmentation": {"scales": []}}, "at least one scale"),
         ({"average": {"decay": 1.0}}, "average.decay"),
         ({"distillation": {"cache_gb": 1.0}}, "views that repeat"),

@@ -33,7 +33,7 @@ class Augmentation:
     """What a view may be. Probabilities are 0 to 1.
 
     Attributes:
-        size: side of the network's input in pixels, a multiple of 32.
+        sizes: sides of the network's input in pixels, multiples of 32; each batch draws one.
         scales: sides of the square crop over the photograph's shorter side, one drawn for each view; above 1 the
             photograph is smaller than the input and stands somewhere in it.
         tries: crops drawn until one holds the centre of a face; the first of them is taken where none does.
@@ -49,7 +49,7 @@ class Augmentation:
         jpeg: probability of JPEG compression; ``jpeg_quality`` are the bounds of its quality.
     """
 
-    size: int = 640
+    sizes: list[int] = field(default_factory=lambda: [640])
     scales: list[float] = field(default_factory=lambda: [0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
     tries: int = 50
     min_face: float = 4.0
@@ -110,11 +110,14 @@ def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, (epoch << 32) + index], np.uint64)))
 
 
-def draw_view(rng: np.random.Generator, width: int, height: int, boxes: np.ndarray, config: Augmentation) -> View:
+def draw_view(
+    rng: np.random.Generator, width: int, height: int, boxes: np.ndarray, config: Augmentation, size: int
+) -> View:
     """Draws a view of an image.
 
     Args:
         boxes: (n, 4), ``x1 y1 x2 y2`` of the faces to train on, in pixels.
+        size: side of the view in pixels.
     """
     tries = config.tries if len(boxes) else 1
     sides = np.maximum(1, np.rint(rng.choice(config.scales, tries) * min(width, height))).astype(np.int64)
@@ -124,7 +127,7 @@ def draw_view(rng: np.random.Generator, width: int, height: int, boxes: np.ndarr
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centres >= corners[:, None]) & (centres < (corners + sides[:, None])[:, None])
         chosen = int(inside.all(axis=2).any(axis=1).argmax())
-    source, target = _fit(corners[chosen].tolist(), int(sides[chosen]), (width, height), config.size)
+    source, target = _fit(corners[chosen].tolist(), int(sides[chosen]), (width, height), size)
     mirror, aliased = rng.random() < config.mirror, rng.random() < config.aliased
     matrix, offset = _draw_colours(rng, config)
     sigma = rng.uniform(*config.blur_sigma) if rng.random() < config.blur else 0.0
@@ -177,7 +180,8 @@ def view_faces(
         boxes: (n, 4), ``x1 y1 x2 y2`` in pixels of the photograph.
         landmarks: (n, 5, 2), NaN where unknown.
         ignored: (m, 4), boxes of faces that are not to be trained on.
-        size, min_face: see :class:`Augmentation`.
+        size: side of the view in pixels.
+        min_face: see :class:`Augmentation`.
     """
     seen = _move(view, boxes, size)
     centres = (seen[:, :2] + seen[:, 2:]) / 2

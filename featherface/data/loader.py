@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     """What one step trains on.
 
     Attributes:
-        images: (B, 3, S, S) float32, BGR minus the mean.
+        images: (B, 3, S, S) float32, BGR minus the mean; S is one of the augmentation's sizes.
         targets: the faces.
         indices: (B,) int64, numbers of the images in the data set.
         epoch: the epoch that the views were drawn for.
@@ -57,6 +57,11 @@ def epoch_order(train: np.ndarray, source: np.ndarray, weights: list[float], see
     rest = np.asarray(weights)[source] - whole
     order = np.repeat(train, whole + (rng.random(len(train)) < rest))
     return order[rng.permutation(len(order))]
+
+
+def epoch_sizes(sizes: list[int], batches: int, seed: int, epoch: int) -> np.ndarray:
+    """The side of the views of each batch of an epoch, in pixels: drawn from ``sizes``, the same in every process."""
+    return generator(seed, epoch, 2**32 - 2).choice(np.asarray(sizes, np.int64), batches)
 
 
 class Loader:
@@ -106,11 +111,10 @@ class Loader:
         together = self.batch_size * self.world_size
         # A set smaller than a batch, or an epoch whose draw came out a little short, starts over.
         order = np.resize(order if len(order) else self.data.train, self.batches_per_epoch * together)
-        batches = [
-            order[start + self.rank * self.batch_size :][: self.batch_size]
-            for start in range(first * together, len(order), together)
-        ]
-        prepared = self._ahead(batches, epoch) if self.workers else (self.prepare(b, epoch) for b in batches)
+        indices = order.reshape(-1, self.world_size, self.batch_size)[first:, self.rank]
+        sizes = epoch_sizes(self.augmentation.sizes, self.batches_per_epoch, self.seed, epoch)[first:]
+        batches = list(zip(indices, sizes.tolist()))
+        prepared = self._ahead(batches, epoch) if self.workers else (self.prepare(*b, epoch) for b in batches)
         while True:
             start = time.perf_counter()
             batch = next(prepared, None)
@@ -121,16 +125,16 @@ class Loader:
                 return
             yield batch
 
-    def prepare(self, indices: np.ndarray, epoch: int) -> _Undeveloped | Batch:
-        """The views of some images: geometry, and on the CPU also colours."""
-        size, store = self.augmentation.size, self.data.store
+    def prepare(self, indices: np.ndarray, size: int, epoch: int) -> _Undeveloped | Batch:
+        """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours."""
+        store = self.data.store
         pixels = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=store.pixels.device)
         views, faces = [], []
         for index, out in zip(indices.tolist(), pixels):
             height, width = store.sizes[index].tolist()
             boxes = self.data.boxes[index]
             drawn = generator(self.seed, epoch % self.views if self.views else epoch, index)
-            view = draw_view(drawn, width, height, boxes, self.augmentation)
+            view = draw_view(drawn, width, height, boxes, self.augmentation, size)
             crop(store.image(index), view, out)
             views.append(view)
             faces.append(
@@ -157,12 +161,12 @@ class Loader:
         images = develop(batch.pixels.to(self.device, non_blocking=True), batch.look)
         return Batch(images, batch.targets.to(self.device, non_blocking=True), batch.indices, batch.epoch)
 
-    def _ahead(self, batches: list[np.ndarray], epoch: int) -> Iterator[_Undeveloped | Batch]:
+    def _ahead(self, batches: list[tuple[np.ndarray, int]], epoch: int) -> Iterator[_Undeveloped | Batch]:
         with ThreadPoolExecutor(self.workers, "featherface-loader") as pool:
             pending: deque[Future] = deque()
             try:
-                for indices in batches:
-                    pending.append(pool.submit(self.prepare, indices, epoch))
+                for indices, size in batches:
+                    pending.append(pool.submit(self.prepare, indices, size, epoch))
                     if len(pending) > 2 * self.workers:
                         yield pending.popleft().result()
                 while pending:

@@ -135,16 +135,18 @@ class Average:
 
 @dataclass
 class Validation:
-    """Average precision on the validation part, at the images' stored size.
+    """Average precision on the validation part.
 
     Attributes:
         every: epochs between two validations; 0 for none but the last.
         limit: use at most so many images; 0 for all.
+        long_side: images are resized until their longer side has this many pixels; 0 leaves the stored size.
         score_threshold, nms_threshold: of the detections.
     """
 
     every: int = 10
     limit: int = 0
+    long_side: int = 0
     score_threshold: float = 0.02
     nms_threshold: float = 0.4
 
@@ -185,7 +187,6 @@ CHOICES = {
     "runtime.amp": ("off", "bf16", "fp16"),
 }
 LEAST = {
-    "augmentation.size": 32,
     "augmentation.tries": 1,
     "batches.size": 1,
     "batches.accumulate": 1,
@@ -196,6 +197,7 @@ LEAST = {
     "optimizer.lr": 0,
     "optimizer.clip": 0,
     "validation.every": 0,
+    "validation.long_side": 0,
     "runtime.log_every": 1,
     "task.atss_top_k": 1,
     "task.ohem_ratio": 0,
@@ -244,8 +246,9 @@ class Config:
             value = getattr(getattr(self, section), name)
             if not value >= least:
                 raise ConfigError(f"{key} is {value!r}; it must be at least {least:g}")
-        if self.augmentation.size % 32:
-            raise ConfigError(f"augmentation.size is {self.augmentation.size}; it must be a multiple of 32")
+        sizes = self.augmentation.sizes
+        if not sizes or min(sizes) < 32 or any(size % 32 for size in sizes):
+            raise ConfigError(f"augmentation.sizes is {sizes}; expected at least one side, each a multiple of 32")
         if not self.augmentation.scales or min(self.augmentation.scales) <= 0:
             raise ConfigError("augmentation.scales must name at least one scale, all above 0")
         if not 0 <= self.model.prior < 1:
@@ -256,10 +259,13 @@ class Config:
             bounds = getattr(self.augmentation, key)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise ConfigError(f"augmentation.{key} is {bounds}; expected the lowest and the highest value")
-        if self.distillation.cache_gb and (not self.batches.views or self.distillation.feature_weight):
+        if self.distillation.cache_gb and (
+            not self.batches.views or self.distillation.feature_weight or len(set(sizes)) > 1
+        ):
             raise ConfigError(
-                "distillation.cache_gb needs views that repeat (batches.views above 0) and no feature term "
-                "(distillation.feature_weight = 0): only then are the teacher's outputs worth keeping"
+                "distillation.cache_gb needs views that repeat (batches.views above 0, a single size in "
+                "augmentation.sizes) and no feature term (distillation.feature_weight = 0): only then are the "
+                "teacher's outputs worth keeping"
             )
 
 

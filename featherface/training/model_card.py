@@ -83,10 +83,11 @@ def _data(config: Config) -> str:
 
 def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     distillation = config.distillation
+    sides = [f"{side} x {side}" for side in sorted(set(config.augmentation.sizes))]
     lines = [
         f"- {state['step']:,} steps, {state['epoch']} of {config.schedule.epochs} epochs, "
         f"{config.batches.size * config.batches.accumulate * state['world_size']} views of "
-        f"{config.augmentation.size} x {config.augmentation.size} pixels a step.",
+        f"{' or '.join(sides)} pixels a step.",
         f"- {config.task.assigner} assignment, {config.task.classification} and {config.task.box} losses; "
         f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}.",
     ]

@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         **_COMMON,
         "data": {"sources": _COMMON["data"]["sources"][:2]},
-        "augmentation": {"size": 320, "scales": [0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6]},
+        "augmentation": {"sizes": [320], "scales": [0.3, 0.45, 0.6, 0.8, 1.0, 1.3, 1.6]},
         "batches": {"size": 16, "workers": 1},
         "distillation": {**_COMMON["distillation"], "feature_weight": 0.0},
         "optimizer": {"lr": 1.5e-3},

@@ -220,7 +220,7 @@ class Trainer:
         )
         self.steps_per_epoch = self.loader.batches_per_epoch // batches.accumulate
         self.total_steps = self.steps_per_epoch * config.schedule.epochs
-        self.priors = anchors(config.augmentation.size, config.augmentation.size).to(self.device)
+        self.priors = {size: anchors(size, size).to(self.device) for size in config.augmentation.sizes}
         self.terms = [*TASK_TERMS, *(TEACHER_TERMS if self.teacher else ())]
         self.metrics = Table(
             self.path / "metrics.csv",
@@ -309,7 +309,7 @@ class Trainer:
         asked = policy.mode != "0" and policy.backend in ("auto", "cpu")
         if not asked or self.device.type != "cpu" or self.config.distillation.feature_weight:
             return None
-        size = self.config.augmentation.size
+        size = self.config.augmentation.sizes[0]
         try:
             return build_engine(teacher, (1, 3, size, size), outputs="raw")
         except (TypeError, ValueError, RuntimeError) as error:
@@ -446,11 +446,12 @@ class Trainer:
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             student = self.model(images)
             teacher = self.teacher(batch, images) if self.teacher else None
-        size = (config.augmentation.size, config.augmentation.size)
-        assignment = assign(config.task, student.bbox, student.cls, batch.targets, self.priors, size)
+        size = images.shape[-1]
+        priors = self.priors[size]
+        assignment = assign(config.task, student.bbox, student.cls, batch.targets, priors, (size, size))
         scale = self._positives(assignment.positive)
         terms = task_loss(
-            config.task, student.bbox, student.cls, student.landmarks, batch.targets, self.priors, assignment, scale
+            config.task, student.bbox, student.cls, student.landmarks, batch.targets, priors, assignment, scale
         )
         if teacher is None:
             return terms
@@ -459,7 +460,7 @@ class Trainer:
             config.distillation,
             student[:3],
             teacher[:3],
-            self.priors,
+            priors,
             batch.targets.labelled,
             student.features,
             teacher.features,

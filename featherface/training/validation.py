@@ -7,6 +7,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from featherface.data import FaceData
 from featherface.evaluation import evaluate_average_precision
@@ -27,7 +28,7 @@ def _anchors(height: int, width: int, device: torch.device) -> Tensor:
 def detect_validation(
     model: FeatherFace, data: FaceData, indices: np.ndarray, config: Validation, channels_last: bool = True
 ) -> dict[str, np.ndarray]:
-    """Detections on stored images at their stored size: name -> (n, 5) ``x1 y1 x2 y2 score`` in pixels."""
+    """Detections on stored images: name -> (n, 5) ``x1 y1 x2 y2 score`` in pixels of the stored image."""
     device = next(model.parameters()).device
     mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
     was_training = model.training
@@ -35,6 +36,11 @@ def detect_validation(
     found: dict[str, np.ndarray] = {}
     for index in indices.tolist():
         image = data.store.image(index).to(device).permute(2, 0, 1)[None].flip(1).float() - mean
+        stored_height, stored_width = image.shape[2:]
+        if config.long_side:
+            scale = config.long_side / max(stored_height, stored_width)
+            sides = [max(1, round(side * scale)) for side in (stored_height, stored_width)]
+            image = interpolate(image, sides, mode="bilinear", antialias=True)
         if channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         height, width = image.shape[2:]
@@ -48,7 +54,7 @@ def detect_validation(
             config.nms_threshold,
             variances=VARIANCES,
         )
-        boxes = boxes * boxes.new_tensor([width, height, width, height])
+        boxes = boxes * boxes.new_tensor([stored_width, stored_height] * 2)
         found[data.records[index].name] = torch.cat([boxes, scores[:, None]], 1).double().cpu().numpy()
     model.train(was_training)
     return found

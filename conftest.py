@@ -8,3 +8,14 @@ ROOT = Path(__file__).parent
 def pytest_ignore_collect(collection_path, config):
     skipped = "tests" if config.getoption("--benchmark-only", default=False) else "benchmarks"
     return True if (ROOT / skipped) in (collection_path, *collection_path.parents) else None
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth test only (scripts/sanitize.sh)")
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for number, item in enumerate(items) if number % config.getoption("--every")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

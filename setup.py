@@ -1,8 +1,9 @@
 """Builds the native kernels: ffkernels._native (pybind11), one libffcpu per instruction set, libffcuda.
 
 PyTorch is not needed to build. Environment: FF_BUILD_CPU=0|1 (default 1), FF_BUILD_CUDA=auto|0|1 (default auto: build
-where nvcc is found), FF_CUDA_ARCHS="80;90" (default by toolkit version), FF_OPENMP=1|0 (default: where the compiler has
-it; 0 takes std::thread), FF_NVCC, CXX, CXXFLAGS, MAX_JOBS.
+where nvcc is found), FF_CUDA_ARCHS="80;90" (default by toolkit version), FF_INSTRUCTION_SETS="avx2" (of the processor,
+beside generic; default: all), FF_OPENMP=1|0 (default: where the compiler has it; 0 takes std::thread), FF_NVCC, CXX,
+CXXFLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -48,6 +49,15 @@ def choice(name: str, allowed: tuple[str, ...]) -> str:
     if value not in allowed:
         sys.exit(f"{name}={value!r} is not a valid value; use one of: {', '.join(allowed)}")
     return value
+
+
+def wanted_instruction_sets() -> set[str]:
+    """generic, and those that FF_INSTRUCTION_SETS names; all where it is not set."""
+    asked = os.environ.get("FF_INSTRUCTION_SETS")
+    names = set(INSTRUCTION_SETS) if asked is None else {"generic", *filter(None, re.split(r"[;,\s]+", asked))}
+    if names - set(INSTRUCTION_SETS):
+        sys.exit(f"FF_INSTRUCTION_SETS={asked!r} is not a valid value; use some of: {', '.join(INSTRUCTION_SETS)}")
+    return names
 
 
 BUILD_CPU = choice("FF_BUILD_CPU", ("1", "0")) == "1" and os.name != "nt"
@@ -239,8 +249,11 @@ class BuildNative(build_ext):
         linux = [] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"]
         shared = ["-shared", *threads, *extra, *linux]
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-        built, skipped = {}, {}
+        wanted, built, skipped = wanted_instruction_sets(), {}, {}
         for isa, isa_flags in INSTRUCTION_SETS.items():
+            if isa not in wanted:
+                skipped[isa] = f"not in FF_INSTRUCTION_SETS={os.environ['FF_INSTRUCTION_SETS']}"
+                continue
             if not compiles(cxx, [*flags, *isa_flags], "int main() { return 0; }"):
                 skipped[isa] = f"{cxx[0]} does not know {' '.join(isa_flags)}"
                 continue

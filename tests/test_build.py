@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -64,11 +65,13 @@ def test_cuda_asked_for_without_nvcc_is_an_error(source, tmp_path):
     assert "use FF_BUILD_CUDA=0" in result.stderr
 
 
-@pytest.mark.parametrize("name,value", [("FF_BUILD_CUDA", "yes"), ("FF_BUILD_CPU", "2")])
+@pytest.mark.parametrize(
+    "name,value", [("FF_BUILD_CUDA", "yes"), ("FF_BUILD_CPU", "2"), ("FF_INSTRUCTION_SETS", "avx3;generic")]
+)
 def test_wrong_switch_names_the_right_values(source, name, value):
     result = setup(source, "build_ext", **{name: value})
     assert result.returncode != 0
-    assert f"{name}={value!r} is not a valid value; use one of:" in result.stderr
+    assert re.search(rf"{name}={value!r} is not a valid value; use (one|some) of:", result.stderr)
 
 
 def test_pure_python_build_records_why(source):

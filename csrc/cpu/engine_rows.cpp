@@ -151,7 +151,10 @@ void split_bytes(const uint8_t *row, int64_t width, int channel, float mean, flo
     _mm256_storeu_ps(b + i / 2, _mm256_sub_ps(_mm256_cvtepi32_ps(odd), m));
   }
 #endif
-  for (; i < width; ++i) (i % 2 ? b : a)[i / 2] = float(row[3 * i + channel]) - mean;
+  for (; i < width; ++i) {
+    float *to = i % 2 ? b : a;
+    to[i / 2] = float(row[3 * i + channel]) - mean;
+  }
 }
 
 // Row i of the network's input, of which `picture` covers a part, as split_float leaves it; false where it is zero.

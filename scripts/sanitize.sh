@@ -4,7 +4,7 @@
 # Builds a copy of the working tree with the sanitizer and runs the tests of the CPU kernels on it, in Python: PyTorch is
 # not instrumented, so what is checked is this package's own code. ThreadSanitizer does not know OpenMP's barriers, so that
 # build splits its loops over std::thread. quick is AddressSanitizer and UndefinedBehaviorSanitizer together, on one
-instruction set and a twelfth of the tests. Options are passed to pytest, such as -k "not float64".
+# instruction set and a twelfth of the tests. Options are passed to pytest, such as -k "not float64".
 set -euo pipefail
 kind=${1:?usage: scripts/sanitize.sh address|undefined|thread|quick [pytest options]}
 shift
@@ -33,4 +33,4 @@ tests=(tests/test_*_cpu.py tests/test_engine.py tests/test_preprocess.py tests/t
 # Without a fixed layout of the address space, ThreadSanitizer refuses newer kernels. libstdc++ must come after the sanitizer,
 # and before it looks for __cxa_throw.
 preload="$(${CXX:-g++} -print-file-name=$library) $(${CXX:-g++} -print-file-name=libstdc++.so)"
-PYTHONPATH=. LD_PRELOAD="$preload" setarch -R "$python" -X faulthandler -m pytest -q -p no:cacheprovider -x "${tests[@]}" "$@"
+PYTHONPATH=. LD_PRELOAD="$preload" setarch -R "$python" -X faulthandler -m pytest -q -p no:cacheprovider --capture=sys -x "${tests[@]}" "$@"

@@ -18,6 +18,7 @@ constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Most source pixels that one output reads; the triangle is `support` wide on both sides.
 int64_t most_taps(int64_t source, int64_t target) {
+  if (target == 0) return 0;
   const double support = std::max(1.0, double(source) / double(target));
   return std::min<int64_t>(source, static_cast<int64_t>(std::ceil(support)) * 2 + 1);
 }

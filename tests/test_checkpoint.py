@@ -10,7 +10,7 @@ from layers import randomize
 
 from featherface import create_model, list_models, weights
 from featherface.errors import CheckpointError
-from featherface.models import load_weights, save_weights
+from featherface.models import load_weights, save_weights, transfer_weights
 from featherface.models.checkpoint import load_backbone, read_tensors, shared_names
 from featherface.models.registry import identify
 from featherface.models.ultra import INNOVATIONS
@@ -130,6 +130,30 @@ class TestPublished:
         assert identify(read_tensors(teacher_weights)) == "featherface_v1_ssh"
         with pytest.raises(CheckpointError, match=r"is a checkpoint of featherface_v1_ssh, not of featherface_v2$"):
             create_model("featherface_v2", weights=teacher_weights)
+
+
+class TestTransfer:
+    def test_what_v2_and_ultra_have_in_common(self, v2, tmp_path):
+        save_weights(randomize(v2), tmp_path / "v2.safetensors")
+        ultra = create_model("featherface_v2_ultra")
+        before = {name: tensor.clone() for name, tensor in ultra.state_dict().items()}
+        taken, total = transfer_weights(ultra, tmp_path / "v2.safetensors")
+        source, left = v2.state_dict(), []
+        for names in shared_names(ultra):
+            common = [source[name] for name in names if name in source and source[name].shape == before[name].shape]
+            assert torch.equal(ultra.state_dict()[names[0]], [*common, before[names[0]]][0]), names
+            left += [] if common else names
+        assert taken == total - len(left)
+        assert {name.partition(".")[0] for name in left} == {
+            "backbone_cbam_manager",
+            "bifpn_cbam_manager",
+            "dynamic_gate",
+        }
+
+    def test_nothing_in_common(self, tmp_path):
+        torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "w.pth")
+        with pytest.raises(CheckpointError, match="no tensor in common with featherface_v2"):
+            transfer_weights(create_model("featherface_v2"), tmp_path / "w.pth")
 
 
 class TestBackbone:

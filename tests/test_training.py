@@ -532,6 +532,18 @@ def test_the_ablation_resumes_and_makes_its_table(root, tmp_path, monkeypatch, c
     assert (tmp_path / "table.md").read_text() == first
 
 
+def test_a_student_starts_from_what_it_has_in_common_with_another_model(root, tmp_path):
+    other = featherface.create_model("featherface_v2")
+    save_weights(other, tmp_path / "v2.safetensors")
+    start = {"model__name": "featherface_v2_ultra", "model__transfer_weights": str(tmp_path / "v2.safetensors")}
+    config = make_config(root, **start, optimizer__lr=0.0)
+    assert train(config, tmp_path / "run", quiet=True, stop_after=0.0).step == 1
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["network"]
+    started, source = dict(featherface.create_model("featherface_v2_ultra").named_parameters()), other.state_dict()
+    common = [name for name, value in started.items() if name in source and value.shape == source[name].shape]
+    assert len(common) > 100 and all(torch.equal(state[f"student.{name}"], source[name]) for name in common)
+
+
 def test_the_teachers_engine_predicts_what_the_teacher_does(root, tmp_path):
     if (reason := ffkernels.engine.unavailable()) is not None:
         pytest.skip(reason)

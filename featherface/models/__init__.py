@@ -7,7 +7,7 @@ from .bifpn import BiFPN, BiFPN_Light
 from .checkpoint import load_weights, save_weights
 from .context import ChannelShuffle_Light, SSH_Deformable, SSH_Grouped
 from .heads import SharedMultiHead
-from .registry import create_model, list_models
+from .registry import create_model, list_models, transfer_weights
 from .ultra import FeatherFaceV2Ultra
 from .v1 import FeatherFaceV1
 from .v2 import FeatherFaceV2
@@ -31,4 +31,5 @@ __all__ = [
     "list_models",
     "load_weights",
     "save_weights",
+    "transfer_weights",
 ]

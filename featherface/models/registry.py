@@ -18,7 +18,7 @@ from ffkernels.config import Fused, build_policy, use
 from .. import weights as packaged
 from ..errors import CheckpointError, FeatherFaceError
 from .base import FeatherFace
-from .checkpoint import load_backbone, load_tensors, read_metadata, read_tensors
+from .checkpoint import load_backbone, load_tensors, read_metadata, read_tensors, shared_names
 from .ultra import FeatherFaceV2Ultra
 from .v1 import FeatherFaceV1
 from .v2 import FeatherFaceV2
@@ -100,6 +100,34 @@ def identify(tensors: Mapping[str, Tensor]) -> str | None:
         if all(key in state and state[key].shape == value.shape for key, value in tensors.items()):
             others[name] = len(state) - len(tensors)
     return min(others, key=others.__getitem__, default=None)
+
+
+def transfer_weights(model: FeatherFace, path: str | os.PathLike) -> tuple[int, int]:
+    """Takes from the weights of another model every tensor that ``model`` has under the same name, of several the first
+    that is there, and in the same shape; the others of ``model`` stay as they are.
+
+    Returns:
+        How many tensors were taken, and how many the model has.
+
+    Raises:
+        CheckpointError: the file cannot be read, or not one tensor fits.
+    """
+    tensors = read_tensors(path)
+    if source := identify(tensors):
+        with torch.device("meta"):
+            groups = shared_names(MODELS[source]())
+        # A file holds a shared tensor once, under a name that may not be the one that the models have in common.
+        for names in groups:
+            tensors |= dict.fromkeys(names, next(tensors[name] for name in names if name in tensors))
+    state, taken = model.state_dict(), 0
+    for names in (groups := shared_names(model)):
+        fitting = [tensors[name] for name in names if name in tensors and tensors[name].shape == state[name].shape]
+        if fitting:
+            state[names[0]].copy_(fitting[0])
+            taken += 1
+    if not taken:
+        raise CheckpointError(f"{path} has no tensor in common with {model.name}")
+    return taken, len(groups)
 
 
 def _noted_options(path: str | os.PathLike, name: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class Model:
         name: one of featherface.list_models().
         options: of the model, such as innovations of featherface_v2_ultra.
         weights: a weights file to start from; empty: random values.
+        transfer_weights: a weights file of another model to start from: tensors of the same names and shapes are taken.
         backbone_weights: a weights file to start the backbone from: of any model, or of an ImageNet classifier.
         prior: probability of a face that every anchor starts with (Lin et al. 2017, focal loss), where the heads start
             from random values; 0 leaves them as they are.
@@ -41,6 +42,7 @@ class Model:
     name: str = "featherface_v2"
     options: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
+    transfer_weights: str = ""
     backbone_weights: str = ""
     prior: float = 0.01
     fused: str = ""

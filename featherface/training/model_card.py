@@ -91,11 +91,16 @@ def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]
         f"- {config.task.assigner} assignment, {config.task.classification} and {config.task.box} losses; "
         f"{config.optimizer.name}, learning rate {config.optimizer.lr:g}.",
     ]
-    start = config.model.weights or config.model.backbone_weights
-    if start:
-        lines.append(
-            f"- Started from {'all weights' if config.model.weights else 'the backbone'} of `{Path(start).name}`."
-        )
+    model = config.model
+    starts = {
+        "all weights": model.weights,
+        "what it has in common with the weights": model.transfer_weights,
+        "the backbone": model.backbone_weights,
+    }
+    for part, file in starts.items():
+        if file:
+            lines.append(f"- Started from {part} of `{Path(file).name}`.")
+            break
     if distillation.teacher:
         weights = {
             "class": distillation.class_weight,

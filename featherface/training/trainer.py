@@ -21,7 +21,7 @@ from featherface.errors import CheckpointError, FeatherFaceError
 from featherface.evaluation import SIZES
 from featherface.files import atomic_write
 from featherface.losses import FeatureAdapters, assign, distillation_loss, task_loss
-from featherface.models import FeatherFace, create_model, list_models, save_weights
+from featherface.models import FeatherFace, create_model, list_models, save_weights, transfer_weights
 from featherface.models.anchors import anchors
 from ffkernels.engine import Engine
 from ffkernels.engine import build as build_engine
@@ -271,18 +271,21 @@ class Trainer:
 
     def _student(self) -> FeatherFace:
         model = self.config.model
-        names = (model.weights, model.backbone_weights)
-        model_weights, backbone = (self.config.path(name) if name else None for name in names)
+        names = (model.weights, model.transfer_weights, model.backbone_weights)
+        model_weights, transfer, backbone = (self.config.path(name) if name else None for name in names)
         student = create_model(
             model.name,
             weights=model_weights,
-            # A file with all weights wins over one with a backbone.
-            backbone_weights=None if model_weights else backbone,
+            # The file with more weights wins.
+            backbone_weights=None if model_weights or transfer else backbone,
             fused=model.fused or None,
             **model.options,
         )
         if model.prior and not model_weights:
             set_prior(student, model.prior)
+        if transfer and not model_weights:
+            taken, total = transfer_weights(student, transfer)
+            self.say(f"starts from {taken} of its {total} tensors in {transfer}")
         return student.to(self.device)
 
     def _teacher(self) -> Teacher | None:

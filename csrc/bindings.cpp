@@ -9,6 +9,7 @@
 #include <string>
 #include <type_traits>
 
+#include "buffers.h"
 #include "ff_api.h"
 
 namespace py = pybind11;
@@ -22,6 +23,7 @@ namespace py = pybind11;
   X(ff_cpu_preprocess_workspace)    \
   X(ff_cpu_preprocess)              \
   X(ff_cpu_batch_norm_coefficients) \
+  X(ff_cpu_batch_norm_gradients)    \
   X(ff_cpu_batch_norm_workspace)    \
   X(ff_cpu_batch_norm_apply)        \
   X(ff_cpu_batch_norm_reduce)       \
@@ -155,6 +157,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("load_cpu", &load_cpu, py::arg("path"));
   m.def("load_cuda", &load_cuda, py::arg("path"));
   m.def("cpu_instruction_sets", &cpu_instruction_sets);
+  m.def("buffer_nhwc", &ff::buffer_nhwc);
+  m.def("buffer_bytes", [] { return std::make_pair(ff::Buffers::instance().used(), ff::Buffers::instance().kept()); });
+  m.def("release_buffers", [] { ff::Buffers::instance().clear(); });
 #define FF_DEFINE(entry) define(m, #entry, &slot_##entry);
   FF_CPU_ENTRIES(FF_DEFINE)
   FF_CUDA_ENTRIES(FF_DEFINE)

@@ -87,6 +87,10 @@ FF_EXPORT int ff_cuda_preprocess(const void *image, int64_t batch_stride, int64_
 // that of the leaky ReLU below zero. Workspaces have the size in bytes that the function before them returns.
 FF_EXPORT int ff_cpu_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
                                              double eps, int64_t channels, void *stats, int dtype);
+// grad_weight = sum of g * (z - mean) / sqrt(var + eps) and grad_bias = sum of g, from sums and stats whose rows are
+// *_row elements apart; either may be NULL.
+FF_EXPORT int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row, const void *stats, int64_t stats_row,
+                                          double eps, int64_t channels, void *grad_weight, void *grad_bias, int dtype);
 FF_EXPORT int64_t ff_cpu_batch_norm_workspace(int64_t channels, int dtype, int threads);
 // y = activation((z - mean) * scale + shift); y may be z.
 FF_EXPORT int ff_cpu_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,

@@ -65,5 +65,8 @@ def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, in
             group = [use for use in tracked if use[0].momentum == momentum]
             var = torch._foreach_mul([v for _, _, v, _ in group], [n / (n - 1) for *_, n in group])
             running = [bn.running_mean for bn, *_ in group] + [bn.running_var for bn, *_ in group]
-            batch = [m.to(r.dtype) for m, r in zip([*(m for _, m, _, _ in group), *var], running)]
+            batch = [
+                m if m.dtype is r.dtype else m.to(r.dtype)
+                for m, r in zip([*(m for _, m, _, _ in group), *var], running)
+            ]
             torch._foreach_lerp_(running, batch, momentum)

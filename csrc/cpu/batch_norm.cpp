@@ -13,6 +13,16 @@ int coefficients(const T *mean, const T *var, const T *weight, const T *bias, do
 }
 
 template <class T>
+int gradients(const double *sums, int64_t sums_row, const T *stats, int64_t stats_row, double eps, int64_t channels,
+              T *grad_weight, T *grad_bias) {
+  for (int64_t i = 0; i < channels; ++i) {
+    if (grad_weight) grad_weight[i] = T(sums[sums_row + i] / std::sqrt(stats[stats_row + i] + eps));
+    if (grad_bias) grad_bias[i] = T(sums[i]);
+  }
+  return FF_OK;
+}
+
+template <class T>
 struct Plan {
   int64_t period;
   AffineMemory<T> affine;
@@ -81,6 +91,18 @@ extern "C" int ff_cpu_batch_norm_coefficients(const void *mean, const void *var,
 #define FF_CALL(T)                                                                                        \
   coefficients(static_cast<const T *>(mean), static_cast<const T *>(var), static_cast<const T *>(weight), \
                static_cast<const T *>(bias), eps, channels, static_cast<T *>(stats))
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row, const void *stats, int64_t stats_row,
+                                           double eps, int64_t channels, void *grad_weight, void *grad_bias,
+                                           int dtype) {
+#define FF_CALL(T)                                                                                                  \
+  gradients(sums, sums_row, static_cast<const T *>(stats), stats_row, eps, channels, static_cast<T *>(grad_weight), \
+            static_cast<T *>(grad_bias))
   if (dtype == FF_FLOAT32) return FF_CALL(float);
   if (dtype == FF_FLOAT64) return FF_CALL(double);
 #undef FF_CALL

@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "activation.h"
 #include "arena.h"
+#include "engine_math.h"
 #include "ff_api.h"
 #include "parallel.h"
 
@@ -37,26 +39,97 @@ FF_INLINE void over_channels(int64_t channels, const Body &body) {
   if (c < channels) body(c, FirstLanes{static_cast<int>(channels - c)});
 }
 
-// Lanes beyond the mask become `other`.
-template <class T>
-FF_INLINE Vec<T> or_else(Vec<T> v, T, AllLanes) {
-  return v;
-}
-template <class T>
-FF_INLINE Vec<T> or_else(Vec<T> v, T other, FirstLanes mask) {
-  for (int i = mask.count; i < Vec<T>::kLanes; ++i) v.v[i] = other;
-  return v;
+// body(c, std::integral_constant<int, vectors>, mask) for runs of up to kRun vectors of channels. A loop over pixels in
+// the body then walks along memory, with the sums of every vector of the run in registers.
+constexpr int kRun = FF_VECTOR_BYTES == 64 ? 4 : 2;
+template <class T, int Vectors = kRun, class Body>
+FF_INLINE void over_runs(int64_t channels, const Body &body, int64_t c = 0) {
+  for (; c + Vectors * Vec<T>::kLanes <= channels; c += Vectors * Vec<T>::kLanes)
+    body(c, std::integral_constant<int, Vectors>{}, AllLanes{});
+  if constexpr (Vectors > 1)
+    over_runs<T, Vectors / 2>(channels, body, c);
+  else if (c < channels)
+    body(c, std::integral_constant<int, 1>{}, FirstLanes{static_cast<int>(channels - c)});
 }
 
+// out[j][i] = in[i][j], i, j < kLanes.
 template <class T>
-FF_INLINE T largest_lane(Vec<T> v) {
-  T largest = v.v[0];
-  for (int i = 1; i < Vec<T>::kLanes; ++i) {
-    const T value = v.v[i];
-    largest = largest != largest || value <= largest ? largest : value;
-  }
-  return largest;
+FF_INLINE void transpose(const T *in, T *out) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  if constexpr (std::is_same_v<T, float>)
+    engine::transpose(in, kLanes, out, kLanes);
+  else
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) out[j * kLanes + i] = in[i * kLanes + j];
 }
+
+// row(c, values of `pixels` <= kLanes pixels) for every channel c, from value(pixel, c, mask), a vector of channels.
+template <class T, class Value, class Row>
+FF_INLINE void by_channel(int64_t channels, int64_t pixels, const Value &value, const Row &row) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  alignas(64) T in[kLanes * kLanes], out[kLanes * kLanes];
+  over_channels<T>(channels, [&](int64_t c, auto mask) {
+    for (int64_t p = 0; p < kLanes; ++p) (p < pixels ? value(p, c, mask) : Vec<T>::zero()).store(in + p * kLanes);
+    transpose(in, out);
+    const int64_t lanes = std::min<int64_t>(kLanes, channels - c);
+    for (int64_t i = 0; i < lanes; ++i) row(c + i, Vec<T>::load(out + i * kLanes));
+  });
+}
+
+// Sums over the channels of one group after the other, each in parts of a few channels.
+template <class T>
+struct GroupSum {
+  int64_t per_group, left, group = 0;
+  Vec<T> total = Vec<T>::zero(), part = Vec<T>::zero();
+
+  explicit GroupSum(int64_t channels) : per_group(channels), left(channels) {}
+
+  // Adds a channel; whether it was the last one of its group.
+  FF_INLINE bool add(Vec<T> value) {
+    part += value;
+    if (--left % kPart == 0) total += part, part = Vec<T>::zero();
+    return left == 0;
+  }
+  // The sum of the group, which ends here.
+  FF_INLINE Vec<T> take() {
+    const Vec<T> sum = total;
+    total = Vec<T>::zero(), left = per_group, ++group;
+    return sum;
+  }
+
+ private:
+  static constexpr int64_t kPart = 16;
+};
+
+// Which of the groups each channel of a vector belongs to.
+template <class T>
+class VectorGroups {
+ public:
+  VectorGroups() = default;
+  VectorGroups(int64_t c, int64_t channels, int64_t per_group) : first_(c / per_group) {
+    constexpr int kLanes = Vec<T>::kLanes;
+    count_ = static_cast<int>((std::min(c + kLanes, channels) - 1) / per_group - first_) + 1;
+    for (int i = 1; i < count_; ++i) {
+      Native lane{};
+      for (int j = 0; j < kLanes; ++j) lane[j] = T(c + j >= (first_ + i) * per_group);
+      later_[i] = lane > Native{};
+    }
+  }
+
+  // Of each channel, the value of its group; planes of the groups are `step` elements apart.
+  FF_INLINE Vec<T> spread(const T *planes, int64_t step) const {
+    const T *plane = planes + first_ * step;
+    Vec<T> value(*plane);
+    for (int i = 1; i < count_; ++i) value = later_[i] ? Vec<T>(plane[i * step]).v : value.v;
+    return value;
+  }
+
+ private:
+  using Native = typename Vec<T>::Native;
+  int64_t first_;
+  int count_;
+  decltype(Native{} > Native{}) later_[Vec<T>::kLanes];
+};
 
 // Splits `pixels` of every image over threads: body(rank, image, first, count) with count <= kBlock, image by image.
 template <class Body>
@@ -130,15 +203,21 @@ struct Forward {
 // Sums and maxima of `count` pixels added to sum (double) and largest.
 template <class T>
 void pool_block(const T *x, int64_t count, int64_t channels, double *sum, T *largest) {
-  over_channels<T>(channels, [&](int64_t c, auto mask) {
-    Vec<T> total = Vec<T>::zero(), most = load(largest + c, mask);
-    for (int64_t p = 0; p < count; ++p) {
-      const Vec<T> value = load(x + p * channels + c, mask);
-      total += value;
-      most = Vec<T>::larger(most, value);
+  constexpr int kLanes = Vec<T>::kLanes;
+  over_runs<T>(channels, [&](int64_t c, auto vectors, auto mask) {
+    Vec<T> total[vectors.value], most[vectors.value];
+    for (int v = 0; v < vectors.value; ++v) total[v] = Vec<T>::zero(), most[v] = load(largest + c + v * kLanes, mask);
+    for (int64_t p = 0; p < count; ++p)
+      for (int v = 0; v < vectors.value; ++v) {
+        const Vec<T> value = load(x + p * channels + c + v * kLanes, mask);
+        total[v] += value;
+        most[v] = Vec<T>::larger(most[v], value);
+      }
+    for (int v = 0; v < vectors.value; ++v) {
+      store(largest + c + v * kLanes, most[v], mask);
+      const int64_t first = c + v * kLanes;
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes, channels - first); ++i) sum[first + i] += total[v].v[i];
     }
-    store(largest + c, most, mask);
-    for (int i = 0; i < Vec<T>::kLanes && c + i < channels; ++i) sum[c + i] += total.v[i];
   });
 }
 
@@ -176,14 +255,26 @@ void correlate(const Shape &s, const T *padded, const T *filter, bool reversed, 
                int64_t row_end, T *out) {
   const int64_t step = ForwardPlan<T>::padded_width(s), k = s.kernel;
   for (int64_t y = row_begin; y < row_end; ++y)
-    over_channels<T>(s.width, [&](int64_t x, auto mask) {
-      Vec<T> sum = accumulate ? load(out + y * s.width + x, mask) : Vec<T>::zero();
+    over_runs<T>(s.width, [&](int64_t x, auto vectors, auto mask) {
+      T *target = out + y * s.width + x;
+      Vec<T> even[vectors.value], odd[vectors.value];  // two chains of additions: a vector waits for its own sum
+      for (int v = 0; v < vectors.value; ++v) {
+        even[v] = accumulate ? load(target + v * Vec<T>::kLanes, mask) : Vec<T>::zero();
+        odd[v] = Vec<T>::zero();
+      }
+      const auto add = [&](Vec<T> *sum, const T *row, int64_t tap) {
+        const Vec<T> weight(filter[reversed ? k * k - 1 - tap : tap]);
+        for (int v = 0; v < vectors.value; ++v) sum[v] = sum[v] + Vec<T>::load(row + v * Vec<T>::kLanes) * weight;
+      };
       for (int64_t ky = 0; ky < k; ++ky) {
         const T *row = padded + (y + ky) * step + x;
-        for (int64_t kx = 0; kx < k; ++kx)
-          sum = sum + Vec<T>::load(row + kx) * Vec<T>(filter[reversed ? k * k - 1 - ky * k - kx : ky * k + kx]);
+        for (int64_t kx = 0; kx + 1 < k; kx += 2) {
+          add(even, row + kx, ky * k + kx);
+          add(odd, row + kx + 1, ky * k + kx + 1);
+        }
+        add(even, row + k - 1, ky * k + k - 1);
       }
-      store(out + y * s.width + x, sum, mask);
+      for (int v = 0; v < vectors.value; ++v) store(target + v * Vec<T>::kLanes, even[v] + odd[v], mask);
     });
 }
 
@@ -231,21 +322,23 @@ int forward(const Forward &in, const Shape &s, void *workspace, int threads) {
 
   const int64_t per_group = s.per_group();
   over_blocks(s, threads, [&](int, int64_t image, int64_t first, int64_t count) {
-    const T *g = gate + image * s.channels;
-    for (int64_t group = 0; group < s.groups; ++group) {
-      T *means = maps + (image * 2 * s.groups + s.mean_map(group)) * n + first;
-      T *maxima = maps + (image * 2 * s.groups + s.max_map(group)) * n + first;
-      for (int64_t p = 0; p < count; ++p) {
-        const T *pixel = x + (image * n + first + p) * s.channels + group * per_group;
-        Vec<T> sum = Vec<T>::zero(), most(-std::numeric_limits<T>::infinity());
-        over_channels<T>(per_group, [&](int64_t c, auto mask) {
-          const Vec<T> u = load(pixel + c, mask) * load(g + group * per_group + c, mask);
-          sum += u;
-          most = Vec<T>::larger(most, or_else(u, -std::numeric_limits<T>::infinity(), mask));
-        });
-        means[p] = sum.sum() / T(per_group);
-        maxima[p] = largest_lane(most);
-      }
+    const T *g = gate + image * s.channels, *pixels = x + (image * n + first) * s.channels;
+    T *planes = maps + image * 2 * s.groups * n + first;
+    for (int64_t p = 0; p < count; p += Vec<T>::kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(Vec<T>::kLanes, count - p));
+      const auto value = [&](int64_t i, int64_t c, auto mask) {
+        return load(pixels + (p + i) * s.channels + c, mask) * load(g + c, mask);
+      };
+      GroupSum<T> sum(per_group);
+      Vec<T> most(-std::numeric_limits<T>::infinity());
+      by_channel<T>(s.channels, lanes, value, [&](int64_t, Vec<T> u) {
+        most = Vec<T>::larger(most, u);
+        if (!sum.add(u)) return;
+        const int64_t group = sum.group;
+        (sum.take() / Vec<T>(T(per_group))).store_first(planes + s.mean_map(group) * n + p, lanes);
+        most.store_first(planes + s.max_map(group) * n + p, lanes);
+        most = Vec<T>(-std::numeric_limits<T>::infinity());
+      });
     }
   });
 
@@ -267,20 +360,25 @@ int forward(const Forward &in, const Shape &s, void *workspace, int threads) {
 template <class T>
 int apply(const T *x, const T *gate, const T *spatial, const T *residual, bool relu, T *y, const Shape &s,
           int threads) {
-  const int64_t n = s.pixels(), per_group = s.per_group();
+  const int64_t n = s.pixels();
   over_blocks(s, threads, [&](int, int64_t image, int64_t first, int64_t count) {
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t group = 0; group < s.groups; ++group) {
-        const int64_t at = (image * n + first + p) * s.channels + group * per_group;
-        const Vec<T> factor(spatial[(image * s.groups + group) * n + first + p]);
-        const T *g = gate + image * s.channels + group * per_group;
-        over_channels<T>(per_group, [&](int64_t c, auto mask) {
-          Vec<T> value = load(x + at + c, mask) * load(g + c, mask) * factor;
-          if (residual != nullptr) value = value + load(residual + at + c, mask);
-          if (relu) value = Vec<T>::if_negative(value, Vec<T>::zero());
-          store(y + at + c, value, mask);
-        });
+    over_runs<T>(s.channels, [&](int64_t c, auto vectors, auto mask) {
+      constexpr int kLanes = Vec<T>::kLanes;
+      VectorGroups<T> groups[vectors.value];
+      Vec<T> g[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        groups[v] = VectorGroups<T>(c + v * kLanes, s.channels, s.per_group());
+        g[v] = load(gate + image * s.channels + c + v * kLanes, mask);
       }
+      for (int64_t p = 0; p < count; ++p)
+        for (int v = 0; v < vectors.value; ++v) {
+          const int64_t at = (image * n + first + p) * s.channels + c + v * kLanes;
+          Vec<T> value = load(x + at, mask) * g[v] * groups[v].spread(spatial + image * s.groups * n + first + p, n);
+          if (residual != nullptr) value = value + load(residual + at, mask);
+          if (relu) value = Vec<T>::if_negative(value, Vec<T>::zero());
+          store(y + at, value, mask);
+        }
+    });
   });
   return FF_OK;
 }
@@ -298,18 +396,22 @@ FF_INLINE Vec<T> before_relu(const T *grad, const T *y, int64_t at, Mask mask) {
 // grad_s (batch, groups, pixels): sum over the group's channels of grad * x * g.
 template <class T>
 int spatial_gradient(const T *grad, const T *y, const T *x, const T *gate, T *grad_s, const Shape &s, int threads) {
-  const int64_t n = s.pixels(), per_group = s.per_group();
+  const int64_t n = s.pixels();
   over_blocks(s, threads, [&](int, int64_t image, int64_t first, int64_t count) {
-    for (int64_t p = 0; p < count; ++p)
-      for (int64_t group = 0; group < s.groups; ++group) {
-        const int64_t at = (image * n + first + p) * s.channels + group * per_group;
-        const T *g = gate + image * s.channels + group * per_group;
-        Vec<T> sum = Vec<T>::zero();
-        over_channels<T>(per_group, [&](int64_t c, auto mask) {
-          sum += before_relu(grad, y, at + c, mask) * (load(x + at + c, mask) * load(g + c, mask));
-        });
-        grad_s[(image * s.groups + group) * n + first + p] = sum.sum();
-      }
+    const T *g = gate + image * s.channels;
+    for (int64_t p = 0; p < count; p += Vec<T>::kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(Vec<T>::kLanes, count - p));
+      const auto value = [&](int64_t i, int64_t c, auto mask) {
+        const int64_t at = (image * n + first + p + i) * s.channels + c;
+        return before_relu(grad, y, at, mask) * (load(x + at, mask) * load(g + c, mask));
+      };
+      GroupSum<T> sum(s.per_group());
+      by_channel<T>(s.channels, lanes, value, [&](int64_t, Vec<T> product) {
+        if (!sum.add(product)) return;
+        T *out = grad_s + (image * s.groups + sum.group) * n + first + p;
+        sum.take().store_first(out, lanes);
+      });
+    }
   });
   return FF_OK;
 }
@@ -321,12 +423,29 @@ struct Backward {
   double *grad_w1, *grad_b1, *grad_w2, *grad_b2, *grad_conv;
 };
 
+// Rows between two additions to the sums of the spatial filter's gradient in double.
+constexpr int64_t kRows = 16;
+
+// sums[t] += sum over rows and columns of dz[row][column] * source[row][column + t]; rows of source are `step` apart.
+template <class T, int Taps>
+void tap_sums(const T *dz, const T *source, int64_t rows, int64_t width, int64_t step, double *sums) {
+  Vec<T> total[Taps];
+  for (int t = 0; t < Taps; ++t) total[t] = Vec<T>::zero();
+  for (int64_t row = 0; row < rows; ++row, dz += width, source += step)
+    over_channels<T>(width, [&](int64_t i, auto mask) {
+      const Vec<T> d = load(dz + i, mask);
+      for (int t = 0; t < Taps; ++t) total[t] = total[t] + d * load(source + i + t, mask);
+    });
+  for (int t = 0; t < Taps; ++t) sums[t] += total[t].sum();
+}
+
 template <class T>
 struct BackwardPlan {
   double *dg, *ties;  // (threads, batch, channels)
   double *v, *out, *hidden, *grad_mean, *grad_max;
   T *padded_z, *padded_maps, *grad_maps, *coefficients;
-  double *conv_sums;  // (threads, groups * 2 * kernel^2)
+  double *conv_sums;          // (threads, groups * 2 * kernel^2)
+  T *mean_share, *max_share;  // (threads, groups, kBlock)
 
   BackwardPlan(Arena &arena, const Shape &s, int threads)
       : dg(arena.take<double>(threads * s.batch * s.channels)),
@@ -340,7 +459,9 @@ struct BackwardPlan {
         padded_maps(arena.take<T>(s.batch * 2 * s.groups * ForwardPlan<T>::padded_plane(s))),
         grad_maps(arena.take<T>(s.batch * 2 * s.groups * s.pixels())),
         coefficients(arena.take<T>(2 * s.batch * s.channels)),
-        conv_sums(arena.take<double>(threads * s.groups * 2 * s.kernel * s.kernel)) {}
+        conv_sums(arena.take<double>(threads * s.groups * 2 * s.kernel * s.kernel)),
+        mean_share(arena.take<T>(threads * s.groups * kBlock)),
+        max_share(arena.take<T>(threads * s.groups * kBlock)) {}
 };
 
 template <class T>
@@ -365,17 +486,20 @@ int backward(const Backward &in, const Shape &s, void *workspace, int threads) {
     const int ranks = parallel_ranks(
         rows, kGrainElements / (2 * area * s.width) + 1, threads, [&](int rank, int64_t begin, int64_t end) {
           double *sums = plan.conv_sums + rank * s.groups * 2 * area;
-          for (int64_t line = begin; line < end; ++line) {
+          for (int64_t line = begin, lines; line < end; line += lines) {
             const int64_t plane = line / s.height, row = line % s.height, group = plane % s.groups;
+            lines = std::min({kRows, s.height - row, end - line});
             const T *dz = at(in.grad_z) + plane * n + row * s.width;
             for (int64_t m = 0; m < 2; ++m)
-              for (int64_t tap = 0; tap < area; ++tap) {
-                const T *source =
-                    plan.padded_maps + (2 * plane + m) * padded + (row + tap / s.kernel) * step + tap % s.kernel;
-                Vec<T> sum = Vec<T>::zero();
-                over_channels<T>(
-                    s.width, [&](int64_t i, auto mask) { sum = sum + load(dz + i, mask) * load(source + i, mask); });
-                sums[(2 * group + m) * area + tap] += sum.sum();
+              for (int64_t ky = 0; ky < s.kernel; ++ky) {
+                const T *source = plan.padded_maps + (2 * plane + m) * padded + (row + ky) * step;
+                double *taps = sums + (2 * group + m) * area + ky * s.kernel;
+                if (s.kernel == 7) {
+                  tap_sums<T, 7>(dz, source, lines, s.width, step, taps);
+                  continue;
+                }
+                for (int64_t kx = 0; kx < s.kernel; ++kx)
+                  tap_sums<T, 1>(dz, source + kx, lines, s.width, step, taps + kx);
               }
           }
         });
@@ -396,43 +520,59 @@ int backward(const Backward &in, const Shape &s, void *workspace, int threads) {
   const int ranks = over_blocks(s, threads, [&](int rank, int64_t image, int64_t first, int64_t count) {
     const T *g = gate + image * s.channels, *channel_max = pooled + vectors + image * s.channels;
     double *dg = plan.dg + rank * vectors + image * s.channels, *ties = plan.ties + rank * vectors + image * s.channels;
-    for (int64_t group = 0; group < s.groups; ++group) {
-      const int64_t plane = image * s.groups + group, base = group * per_group;
-      const T *gate_s = spatial + plane * n + first;
-      const T *maximum = maps + (image * 2 * s.groups + s.max_map(group)) * n + first;
-      const T *d_mean = plan.grad_maps + (image * 2 * s.groups + s.mean_map(group)) * n + first;
-      const T *d_max = plan.grad_maps + (image * 2 * s.groups + s.max_map(group)) * n + first;
-      T share[kBlock];
-      for (int64_t p = 0; p < count; ++p) {
-        const T *pixel = x + (image * n + first + p) * s.channels + base;
-        const Vec<T> most(maximum[p]);
-        Vec<T> equal = Vec<T>::zero();
-        over_channels<T>(per_group, [&](int64_t c, auto mask) {
-          const Vec<T> u = load(pixel + c, mask) * load(g + base + c, mask);
-          equal += keep(Vec<T>(u.v == most.v ? Vec<T>(T(1)).v : typename Vec<T>::Native{}), mask);
-        });
-        share[p] = d_max[p] / equal.sum();
+    // What each channel of a group receives by way of the mean, and each that is the maximum by way of that.
+    T *mean_share = plan.mean_share + rank * s.groups * kBlock, *max_share = plan.max_share + rank * s.groups * kBlock;
+    const T *maxima = maps + (image * 2 * s.groups + s.max_map(0)) * n + first;
+    const T *d_mean = plan.grad_maps + (image * 2 * s.groups + s.mean_map(0)) * n + first;
+    const T *d_max = plan.grad_maps + (image * 2 * s.groups + s.max_map(0)) * n + first;
+    for (int64_t p = 0; p < count; p += Vec<T>::kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(Vec<T>::kLanes, count - p));
+      const auto value = [&](int64_t i, int64_t c, auto mask) {
+        return load(x + (image * n + first + p + i) * s.channels + c, mask) * load(g + c, mask);
+      };
+      GroupSum<T> equal(per_group);
+      by_channel<T>(s.channels, lanes, value, [&](int64_t, Vec<T> u) {
+        const int64_t group = equal.group;
+        const Vec<T> most = Vec<T>::load_first(maxima + 2 * group * n + p, lanes);
+        if (!equal.add(u.v == most.v ? Vec<T>(T(1)).v : typename Vec<T>::Native{})) return;
+        (Vec<T>::load_first(d_max + 2 * group * n + p, lanes) / equal.take())
+            .store_first(max_share + group * kBlock + p, lanes);
+        (Vec<T>::load_first(d_mean + 2 * group * n + p, lanes) / Vec<T>(T(per_group)))
+            .store_first(mean_share + group * kBlock + p, lanes);
+      });
+    }
+    over_runs<T>(s.channels, [&](int64_t c, auto vectors, auto mask) {
+      constexpr int kLanes = Vec<T>::kLanes;
+      using Native = typename Vec<T>::Native;
+      VectorGroups<T> groups[vectors.value];
+      Vec<T> channel_gate[vectors.value], largest[vectors.value], sum[vectors.value], equal[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        groups[v] = VectorGroups<T>(c + v * kLanes, s.channels, per_group);
+        channel_gate[v] = load(g + c + v * kLanes, mask), largest[v] = load(channel_max + c + v * kLanes, mask);
+        sum[v] = equal[v] = Vec<T>::zero();
       }
-      over_channels<T>(per_group, [&](int64_t c, auto mask) {
-        const Vec<T> channel_gate = load(g + base + c, mask), largest = load(channel_max + base + c, mask);
-        Vec<T> sum = Vec<T>::zero(), equal = Vec<T>::zero();
-        for (int64_t p = 0; p < count; ++p) {
-          const int64_t i = (image * n + first + p) * s.channels + base + c;
-          const Vec<T> value = load(x + i, mask), u = value * channel_gate, outer = before_relu(grad, y, i, mask);
-          Vec<T> du = outer * Vec<T>(gate_s[p]) + Vec<T>(d_mean[p] / T(per_group));
-          du = du + Vec<T>(u.v == Vec<T>(maximum[p]).v ? Vec<T>(share[p]).v : typename Vec<T>::Native{});
-          sum = sum + du * value;
-          equal += Vec<T>(value.v == largest.v ? Vec<T>(T(1)).v : typename Vec<T>::Native{});
-          Vec<T> dx = du * channel_gate;
+      for (int64_t p = 0; p < count; ++p)
+        for (int v = 0; v < vectors.value; ++v) {
+          const int64_t i = (image * n + first + p) * s.channels + c + v * kLanes;
+          const Vec<T> value = load(x + i, mask), u = value * channel_gate[v], outer = before_relu(grad, y, i, mask);
+          const Vec<T> most = groups[v].spread(maxima + p, 2 * n), share = groups[v].spread(max_share + p, kBlock);
+          Vec<T> du = outer * groups[v].spread(spatial + image * s.groups * n + first + p, n) +
+                      groups[v].spread(mean_share + p, kBlock);
+          du = du + Vec<T>(u.v == most.v ? share.v : Native{});
+          sum[v] = sum[v] + du * value;
+          equal[v] += Vec<T>(value.v == largest[v].v ? Vec<T>(T(1)).v : Native{});
+          Vec<T> dx = du * channel_gate[v];
           if (in.add_grad) dx = dx + outer;
           if (grad_x != nullptr) store(grad_x + i, dx, mask);
         }
-        for (int lane = 0; lane < Vec<T>::kLanes && c + lane < per_group; ++lane) {
-          dg[base + c + lane] += sum.v[lane];
-          ties[base + c + lane] += equal.v[lane];
+      for (int v = 0; v < vectors.value; ++v) {
+        const int64_t at = c + v * kLanes;
+        for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, s.channels - at); ++lane) {
+          dg[at + lane] += sum[v].v[lane];
+          ties[at + lane] += equal[v].v[lane];
         }
-      });
-    }
+      }
+    });
   });
 
   // Through the channel gate: gradients of the MLP, and what every pixel and every maximum of x still receives.
@@ -467,13 +607,19 @@ int backward(const Backward &in, const Shape &s, void *workspace, int threads) {
   over_blocks(s, threads, [&](int, int64_t image, int64_t first, int64_t count) {
     const T *each = plan.coefficients + image * s.channels, *at_maximum = each + vectors;
     const T *largest = pooled + vectors + image * s.channels;
-    over_channels<T>(s.channels, [&](int64_t c, auto mask) {
-      const Vec<T> add = load(each + c, mask), share = load(at_maximum + c, mask), most = load(largest + c, mask);
-      for (int64_t p = 0; p < count; ++p) {
-        const int64_t i = (image * n + first + p) * s.channels + c;
-        const Vec<T> extra(load(x + i, mask).v == most.v ? share.v : typename Vec<T>::Native{});
-        store(grad_x + i, load(grad_x + i, mask) + add + extra, mask);
+    over_runs<T>(s.channels, [&](int64_t c, auto vectors, auto mask) {
+      constexpr int kLanes = Vec<T>::kLanes;
+      Vec<T> add[vectors.value], share[vectors.value], most[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        add[v] = load(each + c + v * kLanes, mask), share[v] = load(at_maximum + c + v * kLanes, mask);
+        most[v] = load(largest + c + v * kLanes, mask);
       }
+      for (int64_t p = 0; p < count; ++p)
+        for (int v = 0; v < vectors.value; ++v) {
+          const int64_t i = (image * n + first + p) * s.channels + c + v * kLanes;
+          const Vec<T> extra(load(x + i, mask).v == most[v].v ? share[v].v : typename Vec<T>::Native{});
+          store(grad_x + i, load(grad_x + i, mask) + add[v] + extra, mask);
+        }
     });
   });
   return FF_OK;

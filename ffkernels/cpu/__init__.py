@@ -55,3 +55,10 @@ def unavailable() -> str | None:
         except RuntimeError as error:
             return str(error)
     return None
+
+
+def release_buffers() -> None:
+    """Give memory that large tensors left behind (csrc/buffers.h) back to the system."""
+    native, _ = module()
+    if native is not None:
+        native.release_buffers()

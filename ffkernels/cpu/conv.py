@@ -6,6 +6,7 @@ A tensor called ``sums`` is (2, C) in float64: the sums of g and of g * (z - mea
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,12 +43,20 @@ class Geometry(NamedTuple):
         return x.shape[0], weight.shape[0], height, width
 
 
+LARGE = 1 << 15
+"""Elements from which on a tensor lies in a kept buffer."""
+
+
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    """An NHWC tensor of float32 or float64; a large one lies in a kept buffer (csrc/buffers.h)."""
+    if math.prod(shape) < LARGE:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    native, _ = module()
+    return torch.from_dlpack(native.buffer_nhwc(*shape, like.itemsize))
 
 
 def pixel(x: Tensor) -> int:
@@ -56,7 +65,11 @@ def pixel(x: Tensor) -> int:
 
 
 def workspace(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8)
+    """Scratch memory of at least ``size`` bytes."""
+    if size < 4 * LARGE:
+        return torch.empty(size, dtype=torch.uint8)
+    native, _ = module()
+    return torch.from_dlpack(native.buffer_nhwc(1, 1, 1, -(-size // 4), 4))
 
 
 def conv_forward(
@@ -174,6 +187,28 @@ def batch_norm_stats(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Ten
     )
     check(code, "batch_norm_stats", mean)
     return stats
+
+
+def batch_norm_gradients(
+    sums: Tensor, stats: Tensor, eps: float, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the normalisation's weight and bias, those that are wanted."""
+    native, _ = module()
+    channels = stats.shape[1]
+    weight, bias = (stats.new_empty(channels) if needed else None for needed in (needs_weight, needs_bias))
+    code = native.ff_cpu_batch_norm_gradients(
+        sums.data_ptr(),
+        sums.stride(0),
+        stats.data_ptr(),
+        stats.stride(0),
+        eps,
+        channels,
+        pointer(weight),
+        pointer(bias),
+        DTYPES[stats.dtype],
+    )
+    check(code, "batch_norm_gradients", stats)
+    return weight, bias
 
 
 def _pixels(z: Tensor) -> tuple[int, int]:

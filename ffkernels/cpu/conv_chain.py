@@ -10,6 +10,7 @@ from .conv import (
     Geometry,
     Source,
     batch_norm_apply,
+    batch_norm_gradients,
     batch_norm_reduce,
     batch_norm_stats,
     conv_backward,
@@ -118,6 +119,9 @@ def link_gradients(link: Link, stats: Tensor | None, sums: Tensor, needs: list[b
             bias = torch.zeros_like(link.bias)  # a constant per channel vanishes when the mean is subtracted
         else:
             bias = (sums[0] if stats is None else sums[0] * stats[2]).to(dtype)
+    if sums.is_cpu and stats is not None and stats.dtype == dtype:
+        weight, bn_bias = batch_norm_gradients(sums, stats, link.eps, needs[1], needs[2])
+        return [bias, weight, bn_bias]
     if needs[1]:
         weight = (sums[1] * (stats[1].double() + link.eps).rsqrt_()).to(dtype)
     if needs[2]:

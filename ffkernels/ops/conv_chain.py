@@ -309,7 +309,10 @@ def flatten(x: Tensor, units: Sequence[ConvUnit]) -> tuple[list[int], list[float
         statistics = (bn.running_mean, bn.running_var) if mode == GIVEN_STATISTICS else (None, None)
         affine = (None, None) if bn is None else (bn.weight, bn.bias)
         tensors = (conv.weight, conv.bias, *affine, *statistics)
-        params += [None if t is None else t.to(x.dtype).contiguous() for t in tensors]
+        params += [
+            t if t is None or (t.dtype is x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
+            for t in tensors
+        ]
     return integers, floats, params
 
 

@@ -532,6 +532,17 @@ def test_the_ablation_resumes_and_makes_its_table(root, tmp_path, monkeypatch, c
     assert (tmp_path / "table.md").read_text() == first
 
 
+def test_a_run_begun_before_an_option_existed_can_be_resumed(root, tmp_path):
+    config = make_config(root)
+    step = train(config, tmp_path / "run", quiet=True, stop_after=0.0).step
+    for name in ("last.pt", "previous.pt"):
+        if (path := tmp_path / "run" / name).exists():
+            state = torch.load(path, weights_only=True)
+            del state["config"]["model"]["transfer_weights"]
+            torch.save(state, path)
+    assert train(config, tmp_path / "run", resume=True, quiet=True, stop_after=0.0).step > step
+
+
 def test_a_student_starts_from_what_it_has_in_common_with_another_model(root, tmp_path):
     other = featherface.create_model("featherface_v2")
     save_weights(other, tmp_path / "v2.safetensors")

@@ -26,7 +26,7 @@ from featherface.models.anchors import anchors
 from ffkernels.engine import Engine
 from ffkernels.engine import build as build_engine
 
-from .config import Config
+from .config import Config, from_dict
 from .curves import draw_curves
 from .network import Network, Teacher, check_anchors, set_prior
 from .optimizer import WeightAverage, build_optimizer, learning_rate
@@ -262,7 +262,11 @@ class Trainer:
         if not resume:
             return None
         checkpoint = RunFolder.peek(self.path)
-        if checkpoint is not None and (changed := differences(checkpoint["config"], self.config.to_dict())):
+        if checkpoint is None:
+            return None
+        # Options that did not exist when the run began have their defaults.
+        begun = from_dict(checkpoint["config"]).to_dict()
+        if changed := differences(begun, self.config.to_dict()):
             raise TrainingError(
                 f"{self.path} was begun with other values of {', '.join(changed)}; resume it with the configuration "
                 f"that it has in config.toml, or choose another run folder"

@@ -207,9 +207,8 @@ void head_pixels(int64_t pixels, const float *a, int64_t channels, int64_t pixel
   for (; m < pixels; ++m) head_tile<1, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, out + m * lanes, lanes);
 }
 
-// In place, for pairs of logits: e^x / (e^x + e^y), computed as torch does, after subtracting the larger.
+// In place, for pairs of logits: e^x / (e^x + e^y) = sigmoid(x - y).
 void softmax_pairs(float *x, int64_t count) {
-  int64_t i = 0;
   const auto pairs = [](V value) {
 #if defined(__AVX512F__)
     const V other = _mm512_permute_ps(value.v, 0xb1);
@@ -219,13 +218,12 @@ void softmax_pairs(float *x, int64_t count) {
     V other = value;
     for (int j = 0; j < L; ++j) other.v[j] = value.v[j ^ 1];
 #endif
-    const V most = max_keep(value, other);
-    const V e = exp(value - most), f = exp(other - most);
-    return e / (e + f);
+    return sigmoid(value - other);
   };
+  int64_t i = 0;
   for (; i + L <= count; i += L) pairs(V::load(x + i)).store(x + i);
-  if (i < count)
-    pairs(V::load_first(x + i, static_cast<int>(count - i))).store_first(x + i, static_cast<int>(count - i));
+  const int rest = static_cast<int>(count - i);
+  if (rest > 0) pairs(V::load_first(x + i, rest)).store_first(x + i, rest);
 }
 
 }  // namespace

@@ -335,6 +335,54 @@ void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64
   }
 }
 
+#if defined(__AVX512F__)
+namespace {
+
+// A grouped 1x1 from two vectors of channels to two, for M pixels. Lane l of both outputs needs the same inputs: `table`
+// is (size, L) of their positions, then the weights (size, 2, L).
+template <int M>
+void grouped_tile(const float *a, int64_t size, const float *table, const Epilogue &e) {
+  V low[M], high[M], acc[M][2];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    low[m] = V::load(a + m * kTileStride), high[m] = V::load(a + m * kTileStride + L);
+    acc[m][0] = V::load(e.bias), acc[m][1] = V::load(e.bias + L);
+  }
+  const float *weight = table + size * L;
+  for (int64_t k = 0; k < size; ++k, table += L, weight += 2 * L) {
+    const __m512i index = _mm512_loadu_si512(table);
+    const V first = V::load(weight), second = V::load(weight + L);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const V value = _mm512_permutex2var_ps(low[m].v, index, high[m].v);
+      acc[m][0] = fma(value, first, acc[m][0]);
+      acc[m][1] = fma(value, second, acc[m][1]);
+    }
+  }
+  with_activation(e.act, e.slope, [&](auto act) { finish_tile(acc, e, act); });
+}
+
+}  // namespace
+#endif
+
+// The same for a grouped 1x1 that the builder packed for grouped_tile.
+static void store_grouped(const Context &ctx, const float *a, int64_t rows, int64_t a_row, int64_t y, int64_t x,
+                          int columns) {
+#if defined(__AVX512F__)
+  const Block &b = *ctx.block;
+  for (int64_t r = 0; r < rows; ++r, a += a_row) {
+    const auto at = [&](int m) {
+      return Epilogue{ctx.weight(b.w2),   ctx.o.at(y + r) + (x + 1 + m) * ctx.o.cs,
+                      ctx.o.cs,           static_cast<int>(b.act),
+                      V(ctx.slope()),     L};
+    };
+    int m = 0;
+    for (; m + 4 <= columns; m += 4) grouped_tile<4>(a + m * kTileStride, b.p5, ctx.weight(b.w1), at(m));
+    for (; m < columns; ++m) grouped_tile<1>(a + m * kTileStride, b.p5, ctx.weight(b.w1), at(m));
+  }
+#endif
+}
+
 void pool_tile(const Context &ctx, int64_t y, int64_t n, int64_t x, int64_t columns) {
   const Block &b = *ctx.block;
   if (b.pool < 0) return;
@@ -370,7 +418,10 @@ void separable(const Context &ctx, int64_t y, int64_t n) {
     else
       depthwise<2, 2>(n, columns, cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row, stride, act, slope);
     const float *a[1] = {buffer};
-    store_panels(ctx, a, n, a_row, 1, ctx.a.c, stride, y, x, columns);
+    if (b.p5)
+      store_grouped(ctx, buffer, n, a_row, y, x, columns);
+    else
+      store_panels(ctx, a, n, a_row, 1, ctx.a.c, stride, y, x, columns);
     pool_tile(ctx, y, n, x, columns);
   }
   for (int64_t r = 0; r < n; ++r) clear_border(ctx.o, y + r);
@@ -402,65 +453,72 @@ void conv(const Context &ctx, int64_t y, int64_t n) {
   for (int64_t r = 0; r < n; ++r) clear_border(ctx.o, y + r);
 }
 
-// Input i of a BiFPN node as one row of the output's size, scaled by its weight and added to `sum`.
-static void add_resampled(const Map &in, int64_t how, V weight, const Map &out, int64_t y, float *sum, bool first) {
+namespace {
+
+// Row y of the output from an input of another size by torch's nearest-neighbour interpolation, whose index is
+// computed in float32.
+void upsample_row(const Map &in, const Map &out, int64_t y, float *row) {
   const int64_t cs = out.cs;
-  const auto add = [&](int64_t at, V value) {
-    (first ? value * weight : fma(value, weight, V::load(sum + at))).store(sum + at);
-  };
-  if (how == 0) {
-    const float *row = in.at(y) + cs;
-    for (int64_t i = 0; i < out.w * cs; i += L) add(i, V::load(row + i));
-  } else if (how == 1) {
-    // The index of torch's nearest-neighbour interpolation, computed in float32 as there.
-    const float scale_y = float(in.h) / float(out.h), scale_x = float(in.w) / float(out.w);
-    const float *row = in.at(std::min<int64_t>(int64_t(float(y) * scale_y), in.h - 1)) + cs;
+  const float scale_y = float(in.h) / float(out.h), scale_x = float(in.w) / float(out.w);
+  const float *from = in.at(std::min<int64_t>(int64_t(float(y) * scale_y), in.h - 1)) + cs;
+  for (int64_t x = 0; x < out.w; ++x) {
+    const float *pixel = from + std::min<int64_t>(int64_t(float(x) * scale_x), in.w - 1) * cs;
+    for (int64_t v = 0; v < cs; v += L) V::load(pixel + v).store(row + x * cs + v);
+  }
+}
+
+// Row y of a 3x3 maximum of stride 2. same: padded with zeros, (w % 2, 1) columns and (h % 2, 1) rows; else padding 1,
+// ignored.
+void pool_rows(const Map &in, const Map &out, int64_t y, bool same, float *row) {
+  const int64_t cs = out.cs;
+  const int64_t top = 2 * y - (same ? in.h % 2 : 1), left = same ? in.w % 2 : 1;
+  const int64_t first_row = std::max<int64_t>(top, 0), rows = std::min(top + 3, in.h) - first_row;
+  const float *lines[3];
+  for (int64_t i = 0; i < rows; ++i) lines[i] = in.at(first_row + i) + cs;
+  for (int64_t v = 0; v < cs; v += L) {
+    const auto column = [&](int64_t x) {
+      V most = V::load(lines[0] + x * cs + v);
+      for (int64_t i = 1; i < rows; ++i) most = V::larger(most, V::load(lines[i] + x * cs + v));
+      return most;
+    };
+    V last = V::zero();  // of the column that two windows share
     for (int64_t x = 0; x < out.w; ++x) {
-      const float *pixel = row + std::min<int64_t>(int64_t(float(x) * scale_x), in.w - 1) * cs;
-      for (int64_t v = 0; v < cs; v += L) add(x * cs + v, V::load(pixel + v));
-    }
-  } else {
-    // 3x3 maximum of stride 2. how 2: padding 1, ignored. how 3: padded with zeros, (w % 2, 1) columns and
-    // (h % 2, 1) rows.
-    const bool same = how == 3;
-    const int64_t top = 2 * y - (same ? in.h % 2 : 1), left = same ? in.w % 2 : 1;
-    const int64_t first_row = std::max<int64_t>(top, 0), rows = std::min(top + 3, in.h) - first_row;
-    const float *lines[3];
-    for (int64_t i = 0; i < rows; ++i) lines[i] = in.at(first_row + i) + cs;
-    for (int64_t x = 0; x < out.w; ++x) {
-      const int64_t first = std::max<int64_t>(2 * x - left, 0), columns = std::min(2 * x - left + 3, in.w) - first;
-      const bool zeros = same && (rows < 3 || columns < 3);
-      for (int64_t v = 0; v < cs; v += L) {
-        const float *at = lines[0] + first * cs + v;
-        V most = V::load(at);
-        if (zeros) most = V::larger(most, V::zero());
-        if (rows == 3 && columns == 3) {
-          const float *second = lines[1] + first * cs + v, *third = lines[2] + first * cs + v;
-#pragma GCC unroll 3
-          for (int64_t j = 0; j < 3; ++j) {
-            if (j > 0) most = V::larger(most, V::load(at + j * cs));
-            most = V::larger(most, V::load(second + j * cs));
-            most = V::larger(most, V::load(third + j * cs));
-          }
-        } else {
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = 0; j < columns; ++j) most = V::larger(most, V::load(lines[i] + (first + j) * cs + v));
-        }
-        add(x * cs + v, most);
-      }
+      const int64_t first = std::max<int64_t>(2 * x - left, 0), end = std::min(2 * x - left + 3, in.w);
+      V most = x > 0 && first == 2 * x - left ? last : column(first);
+      for (int64_t j = first + 1; j < end; ++j) most = V::larger(most, last = column(j));
+      if (same && (rows < 3 || end - first < 3)) most = V::larger(most, V::zero());
+      most.store(row + x * cs + v);
     }
   }
 }
 
+template <int Inputs>
+void fuse_rows(const float *const (&rows)[3], const float *weight, int64_t count, float *out) {
+  const V first(weight[0]), second(weight[1]), third(weight[2]);
+  for (int64_t i = 0; i < count; i += L) {
+    V sum = V::load(rows[0] + i) * first;
+    if constexpr (Inputs > 1) sum = fma(V::load(rows[1] + i), second, sum);
+    if constexpr (Inputs > 2) sum = fma(V::load(rows[2] + i), third, sum);
+    activate<kSilu>(sum, sum).store(out + i);
+  }
+}
+
+}  // namespace
+
 void fuse(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
-  const float *weight = ctx.weight(b.w0);
+  const Map *inputs[3] = {&ctx.a, &ctx.b, &ctx.c};
+  const int64_t how[3] = {b.p0, b.p1, b.p2}, count = ctx.o.w * ctx.o.cs;
+  const auto run = b.p1 < 0 ? fuse_rows<1> : b.p2 < 0 ? fuse_rows<2> : fuse_rows<3>;
   for (int64_t r = 0; r < n; ++r) {
-    float *row = ctx.o.at(y + r) + ctx.o.cs;
-    add_resampled(ctx.a, b.p0, V(weight[0]), ctx.o, y + r, row, true);
-    if (b.p1 >= 0) add_resampled(ctx.b, b.p1, V(weight[1]), ctx.o, y + r, row, false);
-    if (b.p2 >= 0) add_resampled(ctx.c, b.p2, V(weight[2]), ctx.o, y + r, row, false);
-    for (int64_t i = 0; i < ctx.o.w * ctx.o.cs; i += L) activate<kSilu>(V::load(row + i), V::zero()).store(row + i);
+    const float *rows[3] = {};
+    for (int i = 0; i < 3; ++i) {
+      float *spare = ctx.own() + i * count;
+      rows[i] = how[i] == 0 ? inputs[i]->at(y + r) + ctx.o.cs : spare;
+      if (how[i] == 1) upsample_row(*inputs[i], ctx.o, y + r, spare);
+      if (how[i] > 1) pool_rows(*inputs[i], ctx.o, y + r, how[i] == 3, spare);
+    }
+    run(rows, ctx.weight(b.w0), count, ctx.o.at(y + r) + ctx.o.cs);
     clear_border(ctx.o, y + r);
   }
 }

@@ -131,7 +131,7 @@ class Builder:
         if x.gate is not None and k != 1:
             x = self.materialised(x)
         node = Node("conv", self._name(conv, "conv"), [x.node], folded.out_channels, folded.stride, k)
-        node.fields = {"act": ACTIVATIONS[activation], "slope": bits(negative_slope), "p3": folded.stride * k}
+        node.fields = activation_fields(activation, negative_slope) | {"p3": folded.stride * k}
         self._attend(node, x)
         if node.gate is not None:
             node.fields["p3"] = 0
@@ -162,9 +162,7 @@ class Builder:
         block = 8 if self.lanes == 16 else 4
         packed = folded.weight.reshape(out // block, block, 27).transpose(0, 2, 1)
         node = Node("stem", self._name(conv, "stem"), [], out, 2, 3, macs=27 * out)
-        node.fields = {
-            "act": ACTIVATIONS[activation],
-            "slope": bits(negative_slope),
+        node.fields = activation_fields(activation, negative_slope) | {
             "mode": self.stem_mode,
             "w0": self.weights.add(packed),
             "w1": self.weights.add(folded.bias),
@@ -194,12 +192,7 @@ class Builder:
             raise ValueError("an engine's pointwise convolutions are 1x1 of stride 1 without padding")
         node = Node("separable", self._name(depthwise, "separable"), [x.node], second.out_channels, first.stride, 3)
         inner = activation if depthwise_activation is None else depthwise_activation
-        node.fields = {
-            "act": ACTIVATIONS[activation],
-            "mode": ACTIVATIONS[inner],
-            "slope": bits(negative_slope),
-            "p3": 0,
-        }
+        node.fields = activation_fields(activation, negative_slope) | {"mode": ACTIVATIONS[inner], "p3": 0}
         taps = permuted(first.weight.reshape(1, channels, 9), x.order)[0]
         bias = permuted(first.bias[None], x.order)[0]
         lanes = self.lanes
@@ -215,9 +208,26 @@ class Builder:
         order = shuffle_order(second.out_channels, shuffle_groups)
         weight, bias = weight[order], second.bias[order]
         self._stored(node, weight[:, :, None], bias)
+        groups = order // (len(order) // second.groups)
+        if self.lanes == 16 and x.order is None and self._pairs(channels, groups):
+            node.fields |= {"p5": channels // second.groups, "w1": self._grouped(weight, groups)}
         node.macs = channels * 9 + weight.size // second.groups
         self._check_channels(node)
         return self._add(node)
+
+    def _pairs(self, channels: int, groups: np.ndarray) -> bool:
+        """Whether a grouped 1x1 takes two vectors to two in which lane l belongs to the same group. ``groups`` has the
+        group of each output."""
+        lanes = self.lanes
+        return 1 < groups.max() + 1 and channels == len(groups) == 2 * lanes and (groups[:lanes] == groups[lanes:]).all()
+
+    def _grouped(self, weight: np.ndarray, groups: np.ndarray) -> int:
+        """The k-th input of each lane's group, int32 (K, L), and its weights for two vectors of outputs, (K, 2 L)."""
+        size = len(groups) // (groups.max() + 1)
+        source = groups * size + np.arange(size)[:, None]
+        offset = self.weights.add(source[:, : self.lanes].astype(np.int32))
+        self.weights.add(np.take_along_axis(weight.T, source, axis=0))
+        return offset
 
     def packs(self, node: Node, stride: int) -> bool:
         """Whether a depthwise convolution of this map puts two pixels in one vector."""
@@ -388,9 +398,7 @@ class Builder:
             kernel=3,
             planar=True,
         )
-        node.fields = {
-            "act": ACTIVATIONS[activation],
-            "slope": bits(0.1),
+        node.fields = activation_fields(activation, 0.1) | {
             "p0": len(parts),
             "w0": self.weights.add(np.array(table, dtype=np.int32)),
         }
@@ -467,9 +475,7 @@ class Builder:
         if folded.kernel != (3, 3) or folded.stride != 1 or folded.padding != 1 or x.order is not None:
             raise ValueError("an engine's deformable convolutions are 3x3 of stride 1 and padding 1")
         node = Node("deform", self._name(conv, "deform"), [x.node, fields.node], folded.out_channels)
-        node.fields = {
-            "act": ACTIVATIONS[activation],
-            "slope": bits(negative_slope),
+        node.fields = activation_fields(activation, negative_slope) | {
             "p3": 0,
             "p4": first,
             "p5": first + 18,
@@ -546,6 +552,13 @@ class Builder:
     def anchors(self, priors: Callable[[int, int], Tensor], variances: tuple[float, float]) -> None:
         """How boxes are decoded: ``priors(height, width)`` gives (N, 4) cx cy w h for an input of that size."""
         self.priors = (priors, variances)
+
+
+def activation_fields(activation: str, negative_slope: float) -> dict[str, int]:
+    """The activation of a row. ``leaky_relu`` is computed as max(x, slope * x)."""
+    if negative_slope > 1:
+        raise ValueError(f"an engine's leaky ReLU has a slope of at most 1, not {negative_slope}")
+    return {"act": ACTIVATIONS[activation], "slope": bits(negative_slope)}
 
 
 def shuffle_order(channels: int, groups: int) -> np.ndarray:

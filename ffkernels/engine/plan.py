@@ -344,6 +344,8 @@ def _own_scratch(node: Node, maps: dict[Node, _Map], rows: int, lanes: int) -> i
         return 2 * source.cs * lanes + gated
     if node.kind == "head":
         return 16 * (16 * node.fields["p0"] + lanes)
+    if node.kind == "fuse":
+        return 3 * m.w * m.cs
     if node.kind == "deform":
         return TILES[lanes] * 9 * source.cs
     return gated

@@ -39,6 +39,8 @@ void deform(const Context &ctx, int64_t y, int64_t n) {
   const int64_t cs = ctx.a.cs, stride = 9 * cs;
   float *buffer = ctx.own();
   for (int64_t r = 0; r < n; ++r) {
+    float *row;
+    output_rows(ctx, y + r, 1, &row);
     for (int64_t x = 0; x < ctx.o.w; x += b.tile) {
       const int columns = static_cast<int>(std::min(b.tile, ctx.o.w - x));
       for (int i = 0; i < columns; ++i) {
@@ -61,7 +63,7 @@ void deform(const Context &ctx, int64_t y, int64_t n) {
       }
       const float *taps[9];
       for (int k = 0; k < 9; ++k) taps[k] = buffer + k * cs;
-      store_panels(ctx, taps, 1, 0, 9, ctx.a.c, stride, y + r, x, columns);
+      store_panels(ctx, taps, 1, 0, 9, ctx.a.c, stride, &row, x, columns);
       pool_tile(ctx, y + r, 1, x, columns);
     }
     clear_border(ctx.o, y + r);

@@ -124,4 +124,30 @@ inline void gemm_panel(int vectors, int pixels, const float *const *a, int64_t t
     gemm_pixels<1, Stride>(pixels, a, taps, channels, stride, w, e);
 }
 
+// Channels of a map of which one vector holds two pixels.
+constexpr int kPacked = L / 2;
+
+// The weights of one vector of outputs, in registers.
+struct PackedWeights {
+  V bias, weight[kPacked];
+  FF_INLINE PackedWeights(const float *w, int64_t step, const float *bias) : bias(V::load(bias)) {
+#pragma GCC unroll 8
+    for (int k = 0; k < kPacked; ++k) weight[k] = V::load(w + k * step);
+  }
+};
+
+// A 1x1 of kPacked channels: starting and finishing tiles of gemm_tile would cost as much as so few products.
+template <int M, class Finish>
+FF_INLINE void packed_tile(const float *a, const PackedWeights &w, float *out, int64_t stride, Finish act) {
+  V acc[M];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) acc[m] = w.bias;
+#pragma GCC unroll 8
+  for (int k = 0; k < kPacked; ++k)
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) acc[m] = fma(V(a[m * kPacked + k]), w.weight[k], acc[m]);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) act(acc[m]).store(out + m * stride);
+}
+
 }  // namespace ff::engine

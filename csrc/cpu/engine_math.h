@@ -112,6 +112,21 @@ FF_INLINE void with_activation(int act, V slope, const Body &body) {
     body([&](V y) { return activate_rare(y, act); });
 }
 
+// Lanes table[l] (int32_t by their bits) of two vectors side by side.
+FF_INLINE V pick(const float *table, V low, V high) {
+#if defined(__AVX512F__)
+  return _mm512_permutex2var_ps(low.v, _mm512_loadu_si512(table), high.v);
+#else
+  V picked;
+  for (int l = 0; l < L; ++l) {
+    int32_t lane;
+    std::memcpy(&lane, table + l, sizeof lane);
+    picked.v[l] = lane < L ? low.v[lane] : high.v[lane - L];
+  }
+  return picked;
+#endif
+}
+
 // out[j * out_stride + i] = in[i * in_stride + j] for i, j < L.
 FF_INLINE void transpose(const float *in, int64_t in_stride, float *out, int64_t out_stride) {
 #if defined(__AVX512F__)

@@ -9,10 +9,10 @@ namespace ff::engine {
 namespace {
 
 // Depthwise 3x3 of R rows and X vectors per row, all in registers. `unit` is the distance between the inputs of two
-// taps, SX * unit between those of two outputs.
+// taps, SX * unit between those of two outputs; what lies `ahead` of the inputs is fetched into the L1 cache.
 template <int SY, int SX, int R, int X>
-FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t unit, const V (&w)[9], V bias,
-                              float *out, int64_t out_row, int64_t out_column, int act, V slope) {
+FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t unit, int64_t ahead, const V (&w)[9],
+                              V bias, float *out, int64_t out_row, int64_t out_column, int act, V slope) {
   V acc[R][X];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
@@ -24,6 +24,7 @@ FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t 
 #pragma GCC unroll 16
     for (int j = 0; j < (X - 1) * SX + 3; ++j) {
       const V value = V::load(row + j * unit);
+      __builtin_prefetch(row + j * unit + ahead);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) {
         const int ky = i - r * SY;
@@ -45,20 +46,21 @@ FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t 
 }
 
 template <int SY, int SX, int R>
-FF_INLINE void depthwise_columns(int columns, const float *const *rows, int64_t offset, int64_t unit, const V (&w)[9],
-                                 V bias, float *out, int64_t out_row, int64_t out_column, int act, V slope) {
+FF_INLINE void depthwise_columns(int columns, const float *const *rows, int64_t offset, int64_t unit, int64_t ahead,
+                                 const V (&w)[9], V bias, float *out, int64_t out_row, int64_t out_column, int act,
+                                 V slope) {
   int x = 0;
   for (; x + 4 <= columns; x += 4)
-    depthwise_tile<SY, SX, R, 4>(rows, offset + x * SX * unit, unit, w, bias, out + x * out_column, out_row, out_column,
-                                 act, slope);
+    depthwise_tile<SY, SX, R, 4>(rows, offset + x * SX * unit, unit, ahead, w, bias, out + x * out_column, out_row,
+                                 out_column, act, slope);
   const int64_t at = offset + x * SX * unit;
   float *end = out + x * out_column;
   if (columns - x == 3)
-    depthwise_tile<SY, SX, R, 3>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+    depthwise_tile<SY, SX, R, 3>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
   else if (columns - x == 2)
-    depthwise_tile<SY, SX, R, 2>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+    depthwise_tile<SY, SX, R, 2>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
   else if (columns - x == 1)
-    depthwise_tile<SY, SX, R, 1>(rows, at, unit, w, bias, end, out_row, out_column, act, slope);
+    depthwise_tile<SY, SX, R, 1>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
 }
 
 // `weights` is (vectors, 10, L): nine taps and the bias.
@@ -70,14 +72,15 @@ void depthwise(int64_t n, int columns, int64_t vectors, const float *const *rows
 #pragma GCC unroll 9
     for (int i = 0; i < 9; ++i) w[i] = V::load(weights + (v * 10 + i) * L);
     const V bias = V::load(weights + (v * 10 + 9) * L);
+    const int64_t ahead = v + 1 < vectors ? L : columns * SX * unit - v * L;
     int64_t r = 0;
     if constexpr (kRegisters == 32)
       for (; r + 2 <= n; r += 2)
-        depthwise_columns<SY, SX, 2>(columns, rows + r * SY, v * L, unit, w, bias, out + r * out_row + v * L, out_row,
-                                     out_column, act, slope);
+        depthwise_columns<SY, SX, 2>(columns, rows + r * SY, v * L, unit, ahead, w, bias, out + r * out_row + v * L,
+                                     out_row, out_column, act, slope);
     for (; r < n; ++r)
-      depthwise_columns<SY, SX, 1>(columns, rows + r * SY, v * L, unit, w, bias, out + r * out_row + v * L, out_row,
-                                   out_column, act, slope);
+      depthwise_columns<SY, SX, 1>(columns, rows + r * SY, v * L, unit, ahead, w, bias, out + r * out_row + v * L,
+                                   out_row, out_column, act, slope);
   }
 }
 
@@ -309,10 +312,14 @@ void stem(const Context &ctx, int64_t y, int64_t n) {
   }
 }
 
+void output_rows(const Context &ctx, int64_t y, int64_t n, float **rows) {
+  for (int64_t r = 0; r < n; ++r) rows[r] = ctx.o.at(y + r) + ctx.o.cs + ctx.block->p1;
+}
+
 void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64_t a_row, int64_t taps,
-                  int64_t channels, int64_t stride, int64_t y, int64_t x, int columns) {
+                  int64_t channels, int64_t stride, float *const *out, int64_t x, int columns) {
   const Block &b = *ctx.block;
-  const int64_t vectors = b.p0, first = b.p1;
+  const int64_t vectors = b.p0;
   const float *w = ctx.weight(b.w1), *bias = ctx.weight(b.w2);
   const V slope(ctx.slope());
   for (int64_t v = 0; v < vectors; v += kPanel) {
@@ -321,13 +328,9 @@ void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64
     for (int64_t r = 0; r < rows; ++r) {
       const float *pointers[9];
       for (int64_t t = 0; t < taps; ++t) pointers[t] = a[t + r * b.p3] + r * a_row;
-      const Epilogue e{bias + v * L, ctx.o.at(y + r) + (x + 1) * ctx.o.cs + first + v * L,
-                       ctx.o.cs,     static_cast<int>(b.act),
-                       slope,        lanes};
+      const Epilogue e{bias + v * L, out[r] + x * ctx.o.cs + v * L, ctx.o.cs, static_cast<int>(b.act), slope, lanes};
       if (stride == kTileStride)
         gemm_panel<kTileStride>(width, columns, pointers, taps, channels, 0, w, e);
-      else if (stride == 8)
-        gemm_panel<8>(width, columns, pointers, taps, channels, 0, w, e);
       else
         gemm_panel<0>(width, columns, pointers, taps, channels, stride, w, e);
     }
@@ -335,11 +338,31 @@ void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64
   }
 }
 
-#if defined(__AVX512F__)
+// The same for a 1x1 of kPacked channels, whose pixels follow each other.
+static void store_packed(const Context &ctx, const float *a, int64_t rows, int64_t a_row, float *const *out, int64_t x,
+                         int columns) {
+  const Block &b = *ctx.block;
+  const V slope(ctx.slope());
+  with_activation(static_cast<int>(b.act), slope, [&](auto act) {
+    for (int64_t v = 0; v < b.p0; ++v) {
+      const int64_t panel = v / kPanel * kPanel, width = std::min<int64_t>(kPanel, b.p0 - panel);
+      const PackedWeights w(ctx.weight(b.w1) + panel * kPacked * L + (v - panel) * L, width * L,
+                            ctx.weight(b.w2) + v * L);
+      for (int64_t r = 0; r < rows; ++r) {
+        const float *pixels = a + r * a_row;
+        float *to = out[r] + x * ctx.o.cs + v * L;
+        int m = 0;
+        for (; m + 8 <= columns; m += 8) packed_tile<8>(pixels + m * kPacked, w, to + m * ctx.o.cs, ctx.o.cs, act);
+        for (; m < columns; ++m) packed_tile<1>(pixels + m * kPacked, w, to + m * ctx.o.cs, ctx.o.cs, act);
+      }
+    }
+  });
+}
+
 namespace {
 
-// A grouped 1x1 from two vectors of channels to two, for M pixels. Lane l of both outputs needs the same inputs: `table`
-// is (size, L) of their positions, then the weights (size, 2, L).
+// A grouped 1x1 from two vectors of channels to two, for M pixels. Lane l of both outputs needs the same inputs:
+// `table` is (size, L) of their positions, then the weights (size, 2, L).
 template <int M>
 void grouped_tile(const float *a, int64_t size, const float *table, const Epilogue &e) {
   V low[M], high[M], acc[M][2];
@@ -350,11 +373,10 @@ void grouped_tile(const float *a, int64_t size, const float *table, const Epilog
   }
   const float *weight = table + size * L;
   for (int64_t k = 0; k < size; ++k, table += L, weight += 2 * L) {
-    const __m512i index = _mm512_loadu_si512(table);
     const V first = V::load(weight), second = V::load(weight + L);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const V value = _mm512_permutex2var_ps(low[m].v, index, high[m].v);
+      const V value = pick(table, low[m], high[m]);
       acc[m][0] = fma(value, first, acc[m][0]);
       acc[m][1] = fma(value, second, acc[m][1]);
     }
@@ -363,24 +385,20 @@ void grouped_tile(const float *a, int64_t size, const float *table, const Epilog
 }
 
 }  // namespace
-#endif
 
 // The same for a grouped 1x1 that the builder packed for grouped_tile.
-static void store_grouped(const Context &ctx, const float *a, int64_t rows, int64_t a_row, int64_t y, int64_t x,
+static void store_grouped(const Context &ctx, const float *a, int64_t rows, int64_t a_row, float *const *out, int64_t x,
                           int columns) {
-#if defined(__AVX512F__)
   const Block &b = *ctx.block;
-  for (int64_t r = 0; r < rows; ++r, a += a_row) {
-    const auto at = [&](int m) {
-      return Epilogue{ctx.weight(b.w2),   ctx.o.at(y + r) + (x + 1 + m) * ctx.o.cs,
-                      ctx.o.cs,           static_cast<int>(b.act),
-                      V(ctx.slope()),     L};
-    };
+  Epilogue e{ctx.weight(b.w2), nullptr, ctx.o.cs, static_cast<int>(b.act), V(ctx.slope()), L};
+  for (int64_t r = 0; r < rows; ++r) {
+    const float *pixel = a + r * a_row;
+    e.out = out[r] + x * ctx.o.cs;
     int m = 0;
-    for (; m + 4 <= columns; m += 4) grouped_tile<4>(a + m * kTileStride, b.p5, ctx.weight(b.w1), at(m));
-    for (; m < columns; ++m) grouped_tile<1>(a + m * kTileStride, b.p5, ctx.weight(b.w1), at(m));
+    for (; m + 4 <= columns; m += 4, pixel += 4 * kTileStride, e.out += 4 * e.stride)
+      grouped_tile<4>(pixel, b.p5, ctx.weight(b.w1), e);
+    for (; m < columns; ++m, pixel += kTileStride, e.out += e.stride) grouped_tile<1>(pixel, b.p5, ctx.weight(b.w1), e);
   }
-#endif
 }
 
 void pool_tile(const Context &ctx, int64_t y, int64_t n, int64_t x, int64_t columns) {
@@ -391,37 +409,47 @@ void pool_tile(const Context &ctx, int64_t y, int64_t n, int64_t x, int64_t colu
              x == 0);
 }
 
-// Rows i0 .. i0 + count - 1 of the map, from pixel x - 1 on; rows outside are zero.
-static void input_rows(const Context &ctx, int64_t i0, int64_t count, int64_t x, const float **rows) {
-  const float *zeros = ctx.weight(ctx.block->w3);
-  for (int64_t i = 0; i < count; ++i) {
-    const bool inside = i0 + i >= 0 && i0 + i < ctx.a.h;
-    rows[i] = inside ? ctx.a.at(i0 + i) + x * ctx.a.cs : zeros;
+namespace {
+
+// Rows i0 .. i0 + count - 1 of the input from pixel -1 on; rows outside are zero.
+struct InputRows {
+  const float *zeros, *first[kMaxRows * 2 + 1];
+  int64_t count, cs;
+  InputRows(const Context &ctx, int64_t i0, int64_t count)
+      : zeros(ctx.weight(ctx.block->w3)), count(count), cs(ctx.a.cs) {
+    for (int64_t i = 0; i < count; ++i) first[i] = i0 + i >= 0 && i0 + i < ctx.a.h ? ctx.a.at(i0 + i) : nullptr;
   }
-}
+  void from(int64_t x, const float **rows) const {
+    for (int64_t i = 0; i < count; ++i) rows[i] = first[i] ? first[i] + x * cs : zeros;
+  }
+};
+
+}  // namespace
 
 void separable(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
-  const int64_t s = b.stride, cs = ctx.a.cs, pack = cs < L ? L / cs : 1;
+  const int64_t s = b.stride, cs = ctx.a.cs;
+  const bool packed = cs == kPacked;
   const V slope(ctx.slope());
-  float *buffer = ctx.own();
+  const int64_t stride = packed ? cs : kTileStride, a_row = stride * (b.tile + packed);
+  const int act = static_cast<int>(b.mode);
+  float *buffer = ctx.own(), *out[kMaxRows];
+  output_rows(ctx, y, n, out);
+  const InputRows in(ctx, y * s - 1, (n - 1) * s + 3);
   for (int64_t x = 0; x < ctx.o.w; x += b.tile) {
     const int columns = static_cast<int>(std::min(b.tile, ctx.o.w - x));
     const float *rows[kMaxRows * 2 + 1];
-    input_rows(ctx, y * s - 1, (n - 1) * s + 3, x * s, rows);
-    const int64_t stride = pack > 1 ? cs : kTileStride, a_row = stride * (b.tile + pack - 1);
-    const int act = static_cast<int>(b.mode);
-    if (pack > 1)
-      depthwise<1, 2>(n, (columns + 1) / 2, 1, rows, cs, ctx.weight(b.w0), buffer, a_row, L, act, slope);
-    else if (s == 1)
-      depthwise<1, 1>(n, columns, cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row, stride, act, slope);
-    else
-      depthwise<2, 2>(n, columns, cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row, stride, act, slope);
+    in.from(x * s, rows);
+    const auto run = packed ? depthwise<1, 2> : s == 1 ? depthwise<1, 1> : depthwise<2, 2>;
+    run(n, packed ? (columns + 1) / 2 : columns, packed ? 1 : cs / L, rows, cs, ctx.weight(b.w0), buffer, a_row,
+        packed ? L : kTileStride, act, slope);
     const float *a[1] = {buffer};
-    if (b.p5)
-      store_grouped(ctx, buffer, n, a_row, y, x, columns);
+    if (packed)
+      store_packed(ctx, buffer, n, a_row, out, x, columns);
+    else if (b.p5)
+      store_grouped(ctx, buffer, n, a_row, out, x, columns);
     else
-      store_panels(ctx, a, n, a_row, 1, ctx.a.c, stride, y, x, columns);
+      store_panels(ctx, a, n, a_row, 1, ctx.a.c, kTileStride, out, x, columns);
     pool_tile(ctx, y, n, x, columns);
   }
   for (int64_t r = 0; r < n; ++r) clear_border(ctx.o, y + r);
@@ -430,23 +458,25 @@ void separable(const Context &ctx, int64_t y, int64_t n) {
 void conv(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
   const int64_t s = b.stride, k = b.kernel, cs = ctx.a.cs;
-  float *buffer = ctx.own();
+  float *buffer = ctx.own(), *spatial = buffer + kMaxRows * kTile * kTileStride, *out[kMaxRows];
   const bool gated = b.gate >= 0;
-  if (gated) spatial_rows(ctx, y, n, buffer + kMaxRows * kTile * kTileStride);
+  if (gated) spatial_rows(ctx, y, n, spatial);
+  output_rows(ctx, y, n, out);
+  const InputRows in(ctx, y * s - k / 2, (n - 1) * s + k);
   for (int64_t x = 0; x < ctx.o.w; x += b.tile) {
     const int columns = static_cast<int>(std::min(b.tile, ctx.o.w - x));
     if (gated) {
       for (int64_t r = 0; r < n; ++r)
-        gate_pixels(ctx, y + r, x, columns, buffer + kMaxRows * kTile * kTileStride + r * b.maps_row / 2,
-                    buffer + r * b.tile * kTileStride, kTileStride);
+        gate_pixels(ctx, y + r, x, columns, spatial + r * b.maps_row / 2, buffer + r * b.tile * kTileStride,
+                    kTileStride);
       const float *a[1] = {buffer};
-      store_panels(ctx, a, n, b.tile * kTileStride, 1, ctx.a.c, kTileStride, y, x, columns);
+      store_panels(ctx, a, n, b.tile * kTileStride, 1, ctx.a.c, kTileStride, out, x, columns);
     } else {
       const float *rows[kMaxRows * 2 + 1], *taps[9 * (kMaxRows * 2 + 1)];
-      input_rows(ctx, y * s - k / 2, (n - 1) * s + k, x * s + (k == 1), rows);
-      for (int64_t i = 0; i < (n - 1) * s + k; ++i)
+      in.from(x * s + (k == 1), rows);
+      for (int64_t i = 0; i < in.count; ++i)
         for (int64_t j = 0; j < k; ++j) taps[i * k + j] = rows[i] + j * cs;
-      store_panels(ctx, taps, n, 0, k * k, ctx.a.c, cs * s, y, x, columns);
+      store_panels(ctx, taps, n, 0, k * k, ctx.a.c, cs * s, out, x, columns);
     }
     pool_tile(ctx, y, n, x, columns);
   }

@@ -10,11 +10,14 @@ constexpr int64_t kMaxRows = 4;
 // Zeros for the pixels x = -1 and x = w of row y.
 void clear_border(const Map &map, int64_t y);
 
-// Multiplies tiles with the block's packed 1x1 or k x k weights and stores them at pixel (y, x) of the output. Row r
-// reads tap t at a[t + r * p3] + r * a_row; pixels are `stride` apart. Fields: p0 vectors of output channels, p1 the
-// first channel, p2 lanes stored of the last vector, w1 weights, w2 bias.
+// Where rows [y, y + n) of the output begin, at pixel 0 and the block's first channel (p1).
+void output_rows(const Context &ctx, int64_t y, int64_t n, float **rows);
+
+// Multiplies tiles with the block's packed 1x1 or k x k weights and stores them from pixel x of the rows `out` on. Row
+// r reads tap t at a[t + r * p3] + r * a_row; pixels are `stride` apart. Fields: p0 vectors of output channels, p2
+// lanes stored of the last vector, w1 weights, w2 bias.
 void store_panels(const Context &ctx, const float *const *a, int64_t rows, int64_t a_row, int64_t taps,
-                  int64_t channels, int64_t stride, int64_t y, int64_t x, int columns);
+                  int64_t channels, int64_t stride, float *const *out, int64_t x, int columns);
 
 // Adds the tile to the sum and maximum of each row and channel, where the block is asked for them.
 void pool_tile(const Context &ctx, int64_t y, int64_t n, int64_t x, int64_t columns);

@@ -501,7 +501,7 @@ class Builder:
         first = 0
         for value in values:
             node = value.node
-            if node.kind not in ("conv", "deform", "separable") or node.fields["act"] or node.pool:
+            if node.kind not in ("conv", "deform") or node.fields["act"] or node.pool:
                 raise ValueError("an engine concatenates convolutions without activation that nothing else reads")
             vectors = node.fields["p0"]
             node.into, node.first = whole, first

@@ -22,6 +22,9 @@ TILE_STRIDE = 272
 TILES = {4: 6, 8: 6, 16: 14}
 """``kTile`` of csrc/cpu/engine_gemm.h by vector width; a narrower tile than the machine's is always right."""
 
+PACKED_TILE = 64
+"""The same where the reader of a packed map holds its weights in registers."""
+
 
 @dataclass
 class Step:
@@ -186,7 +189,7 @@ def make_plan(
             put("stride", node.stride)
             put("kernel", node.kernel)
             put("pad", node.kernel // 2)
-            put("tile", _tile(sizes[node][1], lanes))
+            put("tile", _tile(sizes[node][1], lanes, node.inputs[:1] and node.inputs[0] in packed))
             put("scratch", scratch_offsets[i][node])
             for name, value in node.fields.items():
                 put(name, value)
@@ -292,8 +295,8 @@ def _chainable(source: Node, reader: Node, maps: dict[Node, _Map], threads: int)
     return False
 
 
-def _tile(width: int, lanes: int) -> int:
-    return -(-width // -(-width // TILES[lanes]))
+def _tile(width: int, lanes: int, packed: bool = False) -> int:
+    return -(-width // -(-width // (PACKED_TILE if packed else TILES[lanes])))
 
 
 def _rows(node: Node, maps: dict[Node, _Map], lanes: int) -> int:

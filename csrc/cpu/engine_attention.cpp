@@ -2,6 +2,8 @@
 // reads the gated map next.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "engine.h"
 #include "engine_math.h"
@@ -51,41 +53,128 @@ void gate(const Context &ctx, int64_t, int64_t) {
   std::fill(out + c, out + cs, 0.0f);
 }
 
-// Up to L pixels of cs channels -> (cs, plane); missing pixels are zero. `spare` holds L * cs floats.
+namespace {
+
+// Up to L pixels of cs channels as L pixels, with zeros for those that are missing. `spare` holds L * cs floats.
+const float *whole_pixels(const float *in, int64_t pixels, int64_t cs, float *spare) {
+  if (pixels == L) return in;
+  std::memcpy(spare, in, pixels * cs * sizeof(float));
+  std::memset(spare + pixels * cs, 0, (L - pixels) * cs * sizeof(float));
+  return spare;
+}
+
+}  // namespace
+
 void transpose_pixels(const float *in, int64_t pixels, int64_t cs, float *out, int64_t plane, float *spare) {
-  if (pixels < L) {
-    std::memcpy(spare, in, pixels * cs * sizeof(float));
-    std::memset(spare + pixels * cs, 0, (L - pixels) * cs * sizeof(float));
-    in = spare;
-  }
+  in = whole_pixels(in, pixels, cs, spare);
   for (int64_t v = 0; v < cs; v += L) transpose(in + v, cs, out + v * plane, plane);
 }
+
+namespace {
+
+// The sum and maximum of each group's gated channels for L pixels: `store(g, sum, maximum)`. `pixels`
+// is (L, cs).
+template <class Store>
+void reduce_planar(const float *pixels, int64_t cs, int64_t groups, int64_t size, const float *gate, float *planar,
+                   const Store &store) {
+  for (int64_t v = 0; v < cs; v += L) transpose(pixels + v, cs, planar + v * L, L);
+  for (int64_t g = 0; g < groups; ++g) {
+    const float *value = planar + g * size * L, *weight = gate + g * size;
+    V sum = V::load(value) * V(weight[0]), most = sum;
+    for (int64_t i = 1; i < size; ++i) {
+      const V gated = V::load(value + i * L) * V(weight[i]);
+      sum += gated;
+      most = max_keep(most, gated);
+    }
+    store(g, sum, most);
+  }
+}
+
+#if defined(__AVX512F__)
+struct Add {
+  static FF_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+struct Max {
+  static FF_INLINE __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+
+// Lane 4 q + i of the result: vector i reduced over its lanes 4 q .. 4 q + 3.
+template <class Op>
+FF_INLINE __m512 reduce_quarters(V a, V b, V c, V d) {
+  const __m512 ab = Op::of(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = Op::of(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  return Op::of(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+}
+
+// Quarters of a and b: a0 a2 b0 b2 with a1 a3 b1 b3.
+template <class Op>
+FF_INLINE __m512 reduce_pairs(__m512 a, __m512 b) {
+  return Op::of(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+// reduce_planar for groups of 8 or of a multiple of 16 channels, without a transposition.
+template <class Store>
+void reduce_lanes(const float *pixels, int64_t cs, int64_t groups, int64_t size, const float *gate,
+                  const Store &store) {
+  for (int64_t v = 0; v < groups * size; v += std::max<int64_t>(size, L)) {
+    __m512 sums[4], tops[4];
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) {
+      V sum[4], most[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const float *pixel = pixels + (4 * q + i) * cs + v;
+        sum[i] = most[i] = V::load(pixel) * V::load(gate + v);
+        for (int64_t j = L; j < size; j += L) {
+          const V gated = V::load(pixel + j) * V::load(gate + v + j);
+          sum[i] += gated;
+          most[i] = max_keep(most[i], gated);
+        }
+      }
+      sums[q] = reduce_quarters<Add>(sum[0], sum[1], sum[2], sum[3]);
+      tops[q] = reduce_quarters<Max>(most[0], most[1], most[2], most[3]);
+    }
+    const __m512 sum01 = reduce_pairs<Add>(sums[0], sums[1]), sum23 = reduce_pairs<Add>(sums[2], sums[3]);
+    const __m512 top01 = reduce_pairs<Max>(tops[0], tops[1]), top23 = reduce_pairs<Max>(tops[2], tops[3]);
+    if (size >= L) {
+      store(v / size, reduce_pairs<Add>(sum01, sum23), reduce_pairs<Max>(top01, top23));
+    } else {
+      store(v / size, _mm512_shuffle_f32x4(sum01, sum23, 0x88), _mm512_shuffle_f32x4(top01, top23, 0x88));
+      store(v / size + 1, _mm512_shuffle_f32x4(sum01, sum23, 0xdd), _mm512_shuffle_f32x4(top01, top23, 0xdd));
+    }
+  }
+}
+#endif
+
+}  // namespace
 
 // Row y: for each of `groups` groups its mean, then its maximum (p0 = 1: maximum first), over the group's channels of
 // a * gate; planes of p1 floats with zeros outside the image.
 void maps(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
   const int64_t groups = b.groups, size = b.a_c / groups, plane = b.p1, cs = ctx.a.cs;
-  const float *channel_gate = ctx.arena + b.gate;
-  float *planar = ctx.own();  // (cs, L), then room for L pixels
+  const float *gate = ctx.arena + b.gate;
+  float *planar = ctx.own(), *spare = planar + cs * L;  // (cs, L) and (L, cs)
   const V scale = V(static_cast<float>(size));
   for (int64_t r = 0; r < n; ++r) {
     const float *row = ctx.a.at(y + r) + cs;
     float *out = ctx.o.at(y + r);
     for (int64_t x = 0; x < ctx.o.w; x += L) {
-      transpose_pixels(row + x * cs, std::min<int64_t>(L, ctx.o.w - x), cs, planar, L, planar + cs * L);
-      for (int64_t g = 0; g < groups; ++g) {
-        const float *value = planar + g * size * L, *weight = channel_gate + g * size;
-        V sum = V::load(value) * V(weight[0]), most = sum;
-        for (int64_t i = 1; i < size; ++i) {
-          const V gated = V::load(value + i * L) * V(weight[i]);
-          sum += gated;
-          most = max_keep(most, gated);
-        }
-        float *mean_out = out + (2 * g + b.p0) * plane + L + x, *max_out = out + (2 * g + 1 - b.p0) * plane + L + x;
-        (sum / scale).store(mean_out);
-        most.store(max_out);
+      const float *pixels = whole_pixels(row + x * cs, std::min<int64_t>(L, ctx.o.w - x), cs, spare);
+      const auto store = [&](int64_t g, V sum, V most) {
+        float *at = out + 2 * g * plane + L + x;
+        (sum / scale).store(at + b.p0 * plane);
+        most.store(at + (1 - b.p0) * plane);
+      };
+#if defined(__AVX512F__)
+      if (size == L / 2 || size % L == 0) {
+        reduce_lanes(pixels, cs, groups, size, gate, store);
+        continue;
       }
+#endif
+      reduce_planar(pixels, cs, groups, size, gate, planar, store);
     }
     for (int64_t m = 0; m < 2 * groups; ++m) {
       float *line = out + m * plane;
@@ -97,58 +186,73 @@ void maps(const Context &ctx, int64_t y, int64_t n) {
 
 namespace {
 
-// X vectors of sigmoid(bias + 7x7 convolution of two planes); `lines` is the first of rows lo .. hi of the window.
-template <int X>
-FF_INLINE void spatial_tile(const float *lines, int64_t row, int64_t plane, int lo, int hi, const float *w, float bias,
-                            float *out) {
-  V even[X], odd[X];  // two chains hide the latency of FMA
-#pragma GCC unroll 5
-  for (int i = 0; i < X; ++i) even[i] = V(bias), odd[i] = V::zero();
-  for (int m = 0; m < 2; ++m)
-    for (int ky = lo; ky < hi; ++ky) {
-      const float *line = lines + (ky - lo) * row + m * plane, *weight = w + m * 49 + ky * 7;
-#pragma GCC unroll 7
-      for (int kx = 0; kx < 7; ++kx) {
-        const V tap(weight[kx]);
-#pragma GCC unroll 5
-        for (int i = 0; i < X; ++i) {
-          V &acc = kx % 2 ? odd[i] : even[i];
-          acc = fma(V::load(line + kx + i * L), tap, acc);
-        }
+// Adds the taps of input row P, counted from the first of the window of output row 0, to R rows of X vectors.
+template <int P, int R, int X>
+FF_INLINE void spatial_taps(const float *line, int64_t plane, const float *w, V (&acc)[R][X]) {
+  for (int m = 0; m < 2; ++m, line += plane, w += 49)
+    for (int kx = 0; kx < 7; ++kx) {
+      V value[X];
+#pragma GCC unroll 3
+      for (int i = 0; i < X; ++i) value[i] = V::load(line + kx + i * L);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        if (P < r || P - r > 6) continue;
+        const V tap(w[(P - r) * 7 + kx]);
+#pragma GCC unroll 3
+        for (int i = 0; i < X; ++i) acc[r][i] = fma(value[i], tap, acc[r][i]);
       }
     }
-#pragma GCC unroll 5
-  for (int i = 0; i < X; ++i) sigmoid(even[i] + odd[i]).store(out + i * L);
+}
+
+// R rows of X vectors of sigmoid(bias + 7x7 convolution of two planes): an unaligned load takes as long as two
+// products, so all rows share it. `lines` is the first row of the first window, of which rows lo .. hi exist.
+template <int R, int X, int... P>
+void spatial_tile(const float *lines, int64_t row, int64_t plane, int64_t lo, int64_t hi, const float *w, float *out,
+                  int64_t out_row, std::integer_sequence<int, P...>) {
+  V acc[R][X];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < X; ++i) acc[r][i] = V(w[98]);
+  ((P >= lo && P < hi ? spatial_taps<P>(lines + P * row, plane, w, acc) : void()), ...);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 3
+    for (int i = 0; i < X; ++i) sigmoid(acc[r][i]).store(out + r * out_row + i * L);
+}
+
+template <int R>
+void spatial_band(const Context &ctx, int64_t y, float *out) {
+  const Block &b = *ctx.block;
+  const int64_t plane = b.maps_row / (2 * b.groups), width = ctx.a.w, top = y - 3;
+  const int64_t lo = std::max<int64_t>(0, -top), hi = std::min<int64_t>(R + 6, ctx.a.h - top);
+  const std::make_integer_sequence<int, R + 6> windows;
+  for (int64_t g = 0; g < b.groups; ++g) {
+    const float *w = ctx.weight(b.spatial) + g * 99;
+    const float *lines = ctx.arena + b.maps + top * b.maps_row + 2 * g * plane + L - 3;
+    for (int64_t x = 0; x < width; x += 3 * L) {
+      const int64_t vectors = (width - x + L - 1) / L;
+      const auto tile = [&](auto count) {
+        spatial_tile<R, count>(lines + x, b.maps_row, plane, lo, hi, w, out + g * plane + x, b.maps_row / 2, windows);
+      };
+      if (vectors > 2)
+        tile(std::integral_constant<int, 3>{});
+      else if (vectors == 2)
+        tile(std::integral_constant<int, 2>{});
+      else
+        tile(std::integral_constant<int, 1>{});
+    }
+  }
 }
 
 }  // namespace
 
 void spatial_rows(const Context &ctx, int64_t y, int64_t n, float *out) {
-  const Block &b = *ctx.block;
-  const int64_t plane = b.maps_row / (2 * b.groups), height = ctx.a.h, width = ctx.a.w;
-  for (int64_t r = 0; r < n; ++r) {
-    const int64_t top = y + r - 3;
-    const int lo = static_cast<int>(std::max<int64_t>(0, -top)),
-              hi = static_cast<int>(std::min<int64_t>(7, height - top));
-    for (int64_t g = 0; g < b.groups; ++g) {
-      const float *w = ctx.weight(b.spatial) + g * 99;
-      const float *lines = ctx.arena + b.maps + (top + lo) * b.maps_row + 2 * g * plane + L - 3;
-      float *line = out + (r * b.groups + g) * plane;
-      for (int64_t x = 0; x < width; x += 5 * L) {
-        const int64_t vectors = std::min<int64_t>(5, (width - x + L - 1) / L);
-        if (vectors == 5)
-          spatial_tile<5>(lines + x, b.maps_row, plane, lo, hi, w, w[98], line + x);
-        else if (vectors == 4)
-          spatial_tile<4>(lines + x, b.maps_row, plane, lo, hi, w, w[98], line + x);
-        else if (vectors == 3)
-          spatial_tile<3>(lines + x, b.maps_row, plane, lo, hi, w, w[98], line + x);
-        else if (vectors == 2)
-          spatial_tile<2>(lines + x, b.maps_row, plane, lo, hi, w, w[98], line + x);
-        else
-          spatial_tile<1>(lines + x, b.maps_row, plane, lo, hi, w, w[98], line + x);
-      }
-    }
-  }
+  int64_t r = 0;
+  const auto at = [&](int64_t r) { return out + r * ctx.block->maps_row / 2; };
+  for (; r + 4 <= n; r += 4) spatial_band<4>(ctx, y + r, at(r));
+  for (; r + 2 <= n; r += 2) spatial_band<2>(ctx, y + r, at(r));
+  for (; r < n; ++r) spatial_band<1>(ctx, y + r, at(r));
 }
 
 namespace {

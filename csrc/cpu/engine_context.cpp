@@ -169,11 +169,11 @@ void conv_planar(const Context &ctx, int64_t y, int64_t n) {
 
 namespace {
 
-// out[m][n] = bias[n] + sum over k of a[m * Pixel + k * step] * w[n][k] for M pixels and N vectors; Pixel 0: `pixel`
-// between pixels.
-template <int M, int N, int64_t Pixel>
+// store(m, acc[m]) with acc[m][n] = bias[n] + sum over k of a[m * Pixel + k * step] * w[n][k] for M pixels and N
+// vectors; Pixel 0: `pixel` between pixels.
+template <int M, int N, int64_t Pixel, class Store>
 FF_INLINE void head_tile(const float *a, int64_t channels, int64_t pixel, int64_t step, const float *w,
-                         const float *bias, float *out, int64_t lanes) {
+                         const float *bias, int64_t first, const Store &store) {
   V acc[M][N];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -191,20 +191,18 @@ FF_INLINE void head_tile(const float *a, int64_t channels, int64_t pixel, int64_
     }
   }
 #pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int n = 0; n < N; ++n) acc[m][n].store(out + m * lanes + n * L);
+  for (int m = 0; m < M; ++m) store(first + m, acc[m]);
 }
 
-template <int N, int64_t Pixel>
+template <int N, int64_t Pixel, class Store>
 void head_pixels(int64_t pixels, const float *a, int64_t channels, int64_t pixel, int64_t step, const float *w,
-                 const float *bias, float *out, int64_t lanes) {
+                 const float *bias, const Store &store) {
   constexpr int kMost = kRegisters == 32 ? 8 : 4;
   int64_t m = 0;
   const int64_t apart = Pixel ? Pixel : pixel;
   for (; m + kMost <= pixels; m += kMost)
-    head_tile<kMost, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, out + m * lanes, lanes);
-  for (; m < pixels; ++m) head_tile<1, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, out + m * lanes, lanes);
+    head_tile<kMost, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, m, store);
+  for (; m < pixels; ++m) head_tile<1, N, Pixel>(a + m * apart, channels, pixel, step, w, bias, m, store);
 }
 
 // In place, for pairs of logits: e^x / (e^x + e^y) = sigmoid(x - y).
@@ -228,41 +226,73 @@ void softmax_pairs(float *x, int64_t count) {
 
 }  // namespace
 
+namespace {
+
+// The outputs of pixels from anchor `first` on, stored as they are computed: two vectors are two anchors.
+#if defined(__AVX512F__)
+template <int64_t Pixel>
+void head_pairs(const Context &ctx, const float *row, int64_t pixel, int64_t step, int64_t first) {
+  const Block &b = *ctx.block;
+  float *bbox = ctx.bbox + first * 4, *cls = ctx.cls + first * 2, *landmarks = ctx.landmarks + first * 10;
+  const auto store = [&](int64_t x, const V(&outputs)[2]) {
+    _mm256_storeu_ps(bbox + x * 8, _mm512_castps512_ps256(outputs[0].v));
+    _mm_storeu_ps(cls + x * 4, _mm512_extractf32x4_ps(outputs[0].v, 2));
+    _mm_storeu_ps(landmarks + x * 20, _mm512_extractf32x4_ps(outputs[0].v, 3));
+    outputs[1].store(landmarks + x * 20 + 4);
+  };
+  head_pixels<2, Pixel>(ctx.a.w, row, ctx.a.c, pixel, step, ctx.weight(b.w0), ctx.weight(b.w1), store);
+}
+#endif
+
+// The same for any number of anchors, by way of `buffer`.
+template <int64_t Pixel>
+void head_any(const Context &ctx, const float *row, int64_t pixel, int64_t step, int64_t first, float *buffer) {
+  const Block &b = *ctx.block;
+  const int64_t anchors = b.p0, lanes = (anchors * 16 + L - 1) / L * L, channels = ctx.a.c;
+  for (int64_t x = 0; x < ctx.a.w; x += 16) {
+    const int64_t pixels = std::min<int64_t>(16, ctx.a.w - x);
+    for (int64_t v = 0; v < lanes; v += 2 * L) {
+      const float *w = ctx.weight(b.w0) + v * channels, *bias = ctx.weight(b.w1) + v,
+                  *at = row + x * (Pixel ? Pixel : pixel);
+      const auto store = [&](int64_t m, const auto &outputs) {
+        for (const V &output : outputs) output.store(buffer + m * lanes + v + (&output - &outputs[0]) * L);
+      };
+      if (v + L < lanes)
+        head_pixels<2, Pixel>(pixels, at, channels, pixel, step, w, bias, store);
+      else
+        head_pixels<1, Pixel>(pixels, at, channels, pixel, step, w, bias, store);
+    }
+    for (int64_t m = 0; m < pixels; ++m) {
+      const float *in = buffer + m * lanes;
+      const int64_t anchor = first + (x + m) * anchors;
+      std::memcpy(ctx.bbox + anchor * 4, in, anchors * 4 * sizeof(float));
+      std::memcpy(ctx.cls + anchor * 2, in + anchors * 4, anchors * 2 * sizeof(float));
+      std::memcpy(ctx.landmarks + anchor * 10, in + anchors * 6, anchors * 10 * sizeof(float));
+    }
+  }
+}
+
+template <int64_t Pixel>
+void head_row(const Context &ctx, const float *row, int64_t pixel, int64_t step, int64_t first) {
+#if defined(__AVX512F__)
+  if (ctx.block->p0 == 2) return head_pairs<Pixel>(ctx, row, pixel, step, first);
+#endif
+  head_any<Pixel>(ctx, row, pixel, step, first, ctx.own());
+}
+
+}  // namespace
+
 // w0 weights (vectors, channels, L) and w1 bias of p0 anchors times [4 box, 2 class, 10 landmark] outputs, boxes of all
 // anchors first; p1 the first anchor of the level; p2 softmax of the classes; mode 1: the input is planar.
 void head(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
-  const int64_t anchors = b.p0, lanes = (anchors * 16 + L - 1) / L * L, channels = ctx.a.c, width = ctx.a.w;
-  float *buffer = ctx.own();
+  const int64_t anchors = b.p0, width = ctx.a.w, cs = ctx.a.cs;
   for (int64_t r = 0; r < n; ++r) {
     const int64_t first = b.p1 + (y + r) * width * anchors;
-    const float *row = ctx.a.at(y + r) + (b.mode == 1 ? L : ctx.a.cs);
-    for (int64_t x = 0; x < width; x += 16) {
-      const int64_t pixels = std::min<int64_t>(16, width - x);
-      for (int64_t v = 0; v < lanes; v += 2 * L) {
-        const float *w = ctx.weight(b.w0) + v * channels, *bias = ctx.weight(b.w1) + v;
-        const bool two = v + L < lanes;
-        if (b.mode == 1)
-          (two ? head_pixels<2, 1> : head_pixels<1, 1>)(pixels, row + x, channels, 1, ctx.a.cs, w, bias, buffer + v,
-                                                        lanes);
-        else
-          (two ? head_pixels<2, 0> : head_pixels<1, 0>)(pixels, row + x * ctx.a.cs, channels, ctx.a.cs, 1, w, bias,
-                                                        buffer + v, lanes);
-      }
-      for (int64_t m = 0; m < pixels; ++m) {
-        const float *in = buffer + m * lanes;
-        const int64_t anchor = first + (x + m) * anchors;
-        if (anchors == 2) {
-          std::memcpy(ctx.bbox + anchor * 4, in, 8 * sizeof(float));
-          std::memcpy(ctx.cls + anchor * 2, in + 8, 4 * sizeof(float));
-          std::memcpy(ctx.landmarks + anchor * 10, in + 12, 20 * sizeof(float));
-        } else {
-          std::memcpy(ctx.bbox + anchor * 4, in, anchors * 4 * sizeof(float));
-          std::memcpy(ctx.cls + anchor * 2, in + anchors * 4, anchors * 2 * sizeof(float));
-          std::memcpy(ctx.landmarks + anchor * 10, in + anchors * 6, anchors * 10 * sizeof(float));
-        }
-      }
-    }
+    if (b.mode == 1)
+      head_row<1>(ctx, ctx.a.at(y + r) + L, 1, cs, first);
+    else
+      head_row<0>(ctx, ctx.a.at(y + r) + cs, cs, 1, first);
     if (b.p2) softmax_pairs(ctx.cls + first * 2, width * anchors * 2);
   }
 }

@@ -301,7 +301,7 @@ def _tile(width: int, lanes: int, packed: bool = False) -> int:
 
 def _rows(node: Node, maps: dict[Node, _Map], lanes: int) -> int:
     """Rows that a block makes at a time."""
-    if node.kind == "stem":
+    if node.kind in ("stem", "load_planar", "apply"):
         return MAX_ROWS
     if node.kind in ("separable", "conv") and node.inputs:
         m = maps[node.inputs[0]]

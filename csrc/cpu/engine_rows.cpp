@@ -179,33 +179,6 @@ bool split_picture(const Context &ctx, int64_t i, int64_t plane, float *out) {
   return true;
 }
 
-// Rows of the image that the next row of outputs needs, fetched a part at a time while this one is computed.
-class Prefetch {
- public:
-  Prefetch(const Context &ctx, int64_t row) {
-    const Block &b = *ctx.block;
-    const Picture &p = *ctx.picture;
-    if (b.mode == 0) {
-      const int64_t rows = std::min<int64_t>(2, b.a_h - row);
-      for (int c = 0; c < 3 && rows > 0; ++c) add(ctx.image + 4 * (c * b.a_h + row) * b.a_w, 4 * rows * b.a_w);
-    } else {
-      for (int64_t i = row; i < row + 2; ++i)
-        if (i >= p.top && i < p.top + p.h) add(ctx.image + (i - p.top) * p.row_bytes, 3 * p.w);
-    }
-  }
-  void fetch(int64_t part, int64_t parts) const {
-    for (int i = 0; i < count_; ++i)
-      for (int64_t at = bytes_ * part / parts; at < bytes_ * (part + 1) / parts; at += 64)
-        __builtin_prefetch(first_[i] + at);
-  }
-
- private:
-  void add(const char *first, int64_t bytes) { first_[count_++] = first, bytes_ = bytes; }
-  int count_ = 0;
-  const char *first_[3];
-  int64_t bytes_ = 0;
-};
-
 constexpr int kStemChannels = L == 16 ? 8 : 4;
 constexpr int kStemVectors = L == 16 ? 3 : 2;
 
@@ -321,10 +294,8 @@ void stem(const Context &ctx, int64_t y, int64_t n) {
       rows[ky] = filled[slot] ? out : zeros;
     }
     float *row = ctx.o.at(y + r) + ctx.o.cs;
-    const int64_t vectors = (ctx.o.w + L - 1) / L, tiles = (vectors + kStemVectors - 1) / kStemVectors;
-    const Prefetch next(ctx, 2 * (y + r) + 2);
+    const int64_t vectors = (ctx.o.w + L - 1) / L;
     for (int64_t v = 0; v < vectors; v += kStemVectors) {
-      next.fetch(v / kStemVectors, tiles);
       const int64_t count = std::min<int64_t>(kStemVectors, vectors - v);
       for (int64_t o = 0; o < b.o_c; o += kStemChannels) {
         const float *w = ctx.weight(b.w0) + o * 27, *bias = ctx.weight(b.w1) + o;

@@ -22,7 +22,7 @@ TILE_STRIDE = 272
 TILES = {4: 6, 8: 6, 16: 14}
 """``kTile`` of csrc/cpu/engine_gemm.h by vector width; a narrower tile than the machine's is always right."""
 
-PACKED_TILE = 64
+PACKED_TILE = 32
 """The same where the reader of a packed map holds its weights in registers."""
 
 

@@ -15,6 +15,7 @@ from .. import cpu
 from ..cpu import detection
 from ..native import check, module
 from .builder import Builder
+from .memory import aligned
 from .plan import Plan, make_plan
 
 INPUTS = ("float32_nchw", "uint8_hwc")
@@ -52,9 +53,7 @@ class _Planned:
         try:
             return self.arenas.pop()
         except IndexError:
-            raw = np.empty(self.plan.arena + 32, np.float32)
-            start = (-raw.ctypes.data // 4) % 16
-            return raw[start : start + self.plan.arena + 16]
+            return aligned(self.plan.arena + 16)
 
     @property
     def bytes(self) -> int:

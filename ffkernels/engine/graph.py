@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..batch_norm import BatchNorm
 from ..params import ConvParams
+from .memory import aligned
 
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 KINDS = (
@@ -119,9 +120,7 @@ class Weights:
 
     def array(self) -> np.ndarray:
         """All constants, 64-byte aligned."""
-        raw = np.zeros(self.size + 16, np.float32)
-        start = (-raw.ctypes.data // 4) % 16
-        out = raw[start : start + self.size]
+        out = aligned(self.size)
         np.concatenate(self.parts, out=out)
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -19,7 +20,8 @@ def aligned(floats: int) -> np.ndarray:
         raw, alignment = np.empty(floats + 16, np.float32), 64
     else:
         pages = mmap.mmap(-1, -(-size // HUGE_PAGE) * HUGE_PAGE + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_HUGEPAGE)
         raw, alignment = np.frombuffer(pages, np.float32), HUGE_PAGE
     start = -raw.ctypes.data % alignment // 4
     return raw[start : start + floats]

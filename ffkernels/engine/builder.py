@@ -219,9 +219,9 @@ class Builder:
         """Whether a grouped 1x1 takes two vectors to two in which lane l belongs to the same group. ``groups`` has the
         group of each output."""
         lanes = self.lanes
-        return (
-            1 < groups.max() + 1 and channels == len(groups) == 2 * lanes and (groups[:lanes] == groups[lanes:]).all()
-        )
+        if groups.max() == 0 or channels != 2 * lanes or len(groups) != 2 * lanes:
+            return False
+        return bool((groups[:lanes] == groups[lanes:]).all())
 
     def _grouped(self, weight: np.ndarray, groups: np.ndarray) -> int:
         """The k-th input of each lane's group, int32 (K, L), and its weights for two vectors of outputs, (K, 2 L)."""

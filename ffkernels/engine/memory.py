@@ -9,7 +9,7 @@ import numpy as np
 
 HUGE_PAGE = 2**21
 HUGE_PAGES_FROM = 2**19
-"""Bytes from which an array has huge pages to itself: with pages of 4 KB, a network's rows and weights need more entries
+"""Bytes from which an array has huge pages to itself: in pages of 4 KB, a network's rows and weights need more entries
 than the TLB has."""
 
 

@@ -147,9 +147,6 @@ class FaceDetector:
         self.policy = requested_policy(fused) or _default_policy(self.device)
         self.model.eval().to(self.device)
         self.engine, self.engine_reason = self._build_engine(requested_policy(fused), given=self.weights is None)
-        self._byte_engine = None
-        if self.engine is not None:
-            self._byte_engine = build_engine(self.model, (64, 64, 3), input="uint8_hwc", order="rgb")
         self._anchors: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def _build_engine(self, asked: Policy | None, given: bool) -> tuple[Engine | None, str | None]:
@@ -161,7 +158,7 @@ class FaceDetector:
         if asked is not None and (asked.mode == "0" or asked.backend not in ("auto", "cpu")):
             return None, "plain PyTorch was asked for" if asked.mode == "0" else f"{asked.backend} was asked for"
         try:
-            return build_engine(self.model, (1, 3, 64, 64)), None
+            return build_engine(self.model, (1, 3, 64, 64), input="both", order="rgb"), None
         except (TypeError, ValueError, RuntimeError) as error:
             return None, str(error)
 
@@ -333,11 +330,11 @@ class FaceDetector:
         others = []
         for j, (image, view) in enumerate(batch):
             part = _part(image, view).to(self.device)
-            if self._byte_engine is None or part.dtype != torch.uint8 or tuple(part.shape[:2]) != view.size:
+            if self.engine is None or part.dtype != torch.uint8 or tuple(part.shape[:2]) != view.size:
                 others.append(j)
                 continue
             with clock("network"):
-                outputs[j] = tuple(column[0] for column in self._byte_engine(part, view.canvas, view.offset))
+                outputs[j] = tuple(column[0] for column in self.engine(part, view.canvas, view.offset))
         if others:
             with clock("preprocess"):
                 x = self._input([batch[j] for j in others])

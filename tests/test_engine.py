@@ -163,6 +163,9 @@ def test_bytes(size: tuple[int, int]):
     expected = engine.build(model, x.shape)(x)
     assert all(map(torch.equal, built(pixels), expected))
     assert torch.equal(built(pixels[0])[0], expected[0][:1])
+    both = engine.build(model, x.shape, input="both")
+    for image_or_bytes in (x, pixels):
+        assert all(map(torch.equal, both(image_or_bytes), expected))
 
 
 @pytest.mark.parametrize("level", cpu.instruction_sets())
@@ -322,9 +325,8 @@ def test_detector_reads_bytes(options: dict[str, object]):
     detector.score_threshold = float(scores.median())
     found = detector.detect(images)
     assert ("preprocess" in detector.stage_backends(photo)) == bool({"size", "tile"} & set(options))
-    detector._byte_engine = None
-    assert "preprocess" in detector.stage_backends(photo)
-    expected = detector.detect(images)
+    assert "preprocess" in detector.stage_backends(photo.astype(np.float32))
+    expected = detector.detect([pixels.astype(np.float32) for pixels in images])
     assert sum(map(len, expected)) > 0
     for faces, others in zip(found, expected):
         for column in ("boxes", "scores", "landmarks"):

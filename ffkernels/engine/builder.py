@@ -29,9 +29,8 @@ class Builder:
     Batch normalisations are folded with their running statistics, whatever mode the module is in.
     """
 
-    def __init__(self, lanes: int, stem: str = "float32_nchw") -> None:
+    def __init__(self, lanes: int) -> None:
         self.lanes = lanes
-        self.stem_mode = ("float32_nchw", "uint8_bgr", "uint8_rgb").index(stem)
         self.weights = Weights()
         self.nodes: list[Node] = []
         self.heads: list[Node] = []
@@ -163,7 +162,6 @@ class Builder:
         packed = folded.weight.reshape(out // block, block, 27).transpose(0, 2, 1)
         node = Node("stem", self._name(conv, "stem"), [], out, 2, 3, macs=27 * out)
         node.fields = activation_fields(activation, negative_slope) | {
-            "mode": self.stem_mode,
             "w0": self.weights.add(packed),
             "w1": self.weights.add(folded.bias),
             "w2": self.weights.add(np.array(self.image_mean)),

@@ -18,7 +18,7 @@ from .builder import Builder
 from .memory import aligned
 from .plan import Plan, make_plan
 
-INPUTS = ("float32_nchw", "uint8_hwc")
+INPUTS = ("float32_nchw", "uint8_hwc", "both")
 OUTPUTS = ("raw", "softmax", "detections")
 ORDERS = ("bgr", "rgb")
 DTYPES = ("float32",)
@@ -85,7 +85,7 @@ class Engine:
             ("dtype", dtype, DTYPES),
             ("input", input, INPUTS),
             ("outputs", outputs, OUTPUTS),
-            ("order", order, ORDERS if input == "uint8_hwc" else ORDERS[:1]),
+            ("order", order, ORDERS[:1] if input == "float32_nchw" else ORDERS),
         ):
             if value not in allowed:
                 raise ValueError(f"engine: {name}={value!r} is not a valid value; use one of: {', '.join(allowed)}")
@@ -104,7 +104,7 @@ class Engine:
         self._native = native
         self._lanes = native.ff_cpu_engine_lanes()
         self._fields = native.ff_cpu_engine_fields().strip(",").split(",")
-        builder = Builder(self._lanes, f"uint8_{order}" if input == "uint8_hwc" else input)
+        builder = Builder(self._lanes)
         builder.name_parameters(model)
         builder.describe(model)
         if outputs == "detections" and builder.priors is None:
@@ -113,12 +113,12 @@ class Engine:
         self._weights = builder.weights.array()
         self._packed = builder.packed()
         self._lock = threading.Lock()
-        self._plans: OrderedDict[tuple[int, int, int], _Planned] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, int, int, bool], _Planned] = OrderedDict()
         self._seconds: np.ndarray | None = None
-        self._profiled: tuple[int, int, int] | None = None
+        self._profiled: tuple[int, int, int, bool] | None = None
         height, width = self._image_size(tuple(input_shape))
         self._shape = (height, width)
-        self._planned(height, width, self._thread_count())
+        self._planned(height, width, self._thread_count(), input == "uint8_hwc")
 
     def __repr__(self) -> str:
         return f"Engine({self.input}, {self.outputs}, {self.dtype}, {self.isa}, {len(self._plans)} plans)"
@@ -130,10 +130,10 @@ class Engine:
 
         Args:
             x: ``"float32_nchw"``: (B, 3, H, W) float32, as the model takes it. ``"uint8_hwc"``: (B, H, W, 3) or
-                (H, W, 3) uint8, blue, green, red or as ``order`` says. On the CPU; copied if it is not contiguous,
-                except that rows of bytes may be apart. B may be 0, H and W are any from 1.
-            canvas: height and width of the network's input for ``"uint8_hwc"``, mean colour around the image; by
-                default just as large as ``offset`` and x need.
+                (H, W, 3) uint8, blue, green, red or as ``order`` says. ``"both"``: either of these. On the CPU; copied
+                if it is not contiguous, except that rows of bytes may be apart. B may be 0, H and W are any from 1.
+            canvas: height and width of the network's input for bytes, mean colour around the image; by default just as
+                large as ``offset`` and x need.
             offset: row and column of the image's top left corner on the canvas.
 
         Returns:
@@ -166,8 +166,8 @@ class Engine:
         if canvas is None:
             canvas = size[0] + offset[0], size[1] + offset[1]
         height, width = canvas
-        if self.input == "float32_nchw" and (tuple(canvas) != tuple(size) or any(offset)):
-            raise ValueError('engine: a canvas needs input="uint8_hwc"')
+        if x.dtype == torch.float32 and (tuple(canvas) != tuple(size) or any(offset)):
+            raise ValueError("engine: a canvas needs an image of bytes")
         if any(at < 0 or at + side > whole for at, side, whole in zip(offset, size, canvas)):
             raise ValueError(
                 f"engine: {size[0]}x{size[1]} pixels at {tuple(offset)} do not fit on a canvas of {canvas}"
@@ -175,7 +175,7 @@ class Engine:
         threads = self._thread_count()
         picture = np.array([x.stride(0), x.stride(1), *size, *offset], np.int64)
         picture[:2] *= x.element_size()
-        planned = self._planned(height, width, threads)
+        planned = self._planned(height, width, threads, x.dtype == torch.uint8)
         plan = planned.plan
         outputs = tuple(torch.empty(batch, plan.anchors, k) for k in (4, 2, 10))
         if batch == 0:
@@ -208,15 +208,17 @@ class Engine:
         return planned, outputs
 
     def _checked(self, x: Tensor) -> tuple[Tensor, int, int, int]:
-        dtype = torch.float32 if self.input == "float32_nchw" else torch.uint8
-        if not isinstance(x, Tensor) or x.dtype != dtype:
+        dtypes = {"float32_nchw": (torch.float32,), "uint8_hwc": (torch.uint8,)}.get(
+            self.input, (torch.float32, torch.uint8)
+        )
+        if not isinstance(x, Tensor) or x.dtype not in dtypes:
             got = str(x.dtype) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"engine: the input must be a tensor of {dtype}, got {got}")
+            raise TypeError(f"engine: the input must be a tensor of {' or '.join(map(str, dtypes))}, got {got}")
         if x.device.type != "cpu":
             raise ValueError(f"engine: the input is on {x.device}, the engine runs on the CPU")
-        if self.input == "uint8_hwc" and x.dim() == 3:
+        channels = 1 if x.dtype == torch.float32 else 3
+        if channels == 3 and x.dim() == 3:
             x = x.unsqueeze(0)
-        channels = 1 if self.input == "float32_nchw" else 3
         if x.dim() != 4 or x.shape[channels] != 3:
             layout = "(B, 3, H, W)" if channels == 1 else "(B, H, W, 3)"
             raise ValueError(f"engine: the input must be {layout}, got {tuple(x.shape)}")
@@ -229,18 +231,18 @@ class Engine:
         return x, x.shape[0], height, width
 
     def _image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        size = shape[-2:] if self.input == "float32_nchw" else shape[-3:-1]
-        channels = shape[-3:-2] if self.input == "float32_nchw" else shape[-1:]
+        last = self.input == "uint8_hwc"
+        size, channels = (shape[-3:-1], shape[-1:]) if last else (shape[-2:], shape[-3:-2])
         if len(shape) not in (3, 4) or channels != (3,) or any(side < 1 for side in size):
-            layout = "(B, 3, H, W)" if self.input == "float32_nchw" else "(B, H, W, 3)"
+            layout = "(B, H, W, 3)" if last else "(B, 3, H, W)"
             raise ValueError(f"engine: input_shape must be {layout}, got {shape}")
         return size
 
     def _thread_count(self) -> int:
         return self.threads or torch.get_num_threads()
 
-    def _planned(self, height: int, width: int, threads: int) -> _Planned:
-        key = (height, width, threads)
+    def _planned(self, height: int, width: int, threads: int, of_bytes: bool) -> _Planned:
+        key = (height, width, threads, of_bytes)
         with self._lock:
             planned = self._plans.get(key)
             if planned is None:
@@ -253,6 +255,7 @@ class Engine:
                     self._packed,
                     (height, width),
                     threads,
+                    1 + ORDERS.index(self.order) if of_bytes else 0,
                     self.outputs != "raw",
                 )
                 priors = None
@@ -276,8 +279,8 @@ class Engine:
 
         Every step ends with a barrier here, so the sum is somewhat more than a plain call takes.
         """
-        _, batch, height, width = self._checked(x)
-        key = (height, width, self._thread_count())
+        x, batch, height, width = self._checked(x)
+        key = (height, width, self._thread_count(), x.dtype == torch.uint8)
         rows = len(self._planned(*key).plan.rows)
         runs = np.zeros((repeats, rows))
         self._run(x, None)
@@ -333,13 +336,14 @@ def build(
 
     Args:
         model: a network whose modules have ``ff_plan`` (docs/engine.md).
-        input_shape: (B, 3, H, W), or (B, H, W, 3) for ``"uint8_hwc"``; the batch size does not matter.
+        input_shape: (B, 3, H, W), or (B, H, W, 3) for ``input="uint8_hwc"``; the batch size does not matter.
         dtype: ``"float32"``; of the computation.
         threads: ``None`` follows ``torch.get_num_threads()`` at every call.
-        input: ``"float32_nchw"``, or ``"uint8_hwc"``: bytes from which the engine subtracts the mean.
+        input: ``"float32_nchw"``; ``"uint8_hwc"``: bytes from which the engine subtracts the mean; ``"both"``: each
+            call may have either, told apart by the dtype.
         outputs: ``"softmax"`` (what the model returns in evaluation mode), ``"raw"`` (class logits) or
             ``"detections"`` (:class:`Faces`, decoded, filtered and suppressed).
-        order: ``"bgr"`` or ``"rgb"``, the order of the bytes of ``"uint8_hwc"``.
+        order: ``"bgr"`` or ``"rgb"``, the order of the bytes of an image.
         score_threshold: of detections: faces score more than this.
         nms_threshold: of detections: largest intersection over union of two faces.
         top_k: of detections: candidates that enter suppression, at most.

@@ -93,6 +93,7 @@ def make_plan(
     packed: set[Node],
     image: tuple[int, int],
     threads: int,
+    stem_mode: int,
     softmax: bool,
 ) -> Plan:
     """Plan a graph for images of one size.
@@ -105,6 +106,7 @@ def make_plan(
         packed: stem nodes whose readers put two pixels in one vector.
         image: height and width.
         threads: at most so many will run the plan.
+        stem_mode: what the image is: 0 float32 planes, 1 bytes in the order of the planes, 2 in the opposite order.
         softmax: whether classes are probabilities.
     """
     sizes: dict[Node, tuple[int, int]] = {}
@@ -208,6 +210,7 @@ def make_plan(
             if node.kind == "stem":
                 put("a_h", image[0])
                 put("a_w", image[1])
+                put("mode", stem_mode)
                 put("p0", -(-m.w // lanes) * lanes + 2 * lanes)
             if node.kind == "head":
                 put("p1", first_anchor[node])

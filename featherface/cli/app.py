@@ -12,6 +12,7 @@ import typer
 from ffkernels import FusedKernelRequired
 
 from ..errors import FeatherFaceError
+from .average import average
 from .benchmark import benchmark
 from .demo import demo
 from .detect import detect
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (detect, demo, train, evaluate, export, info, benchmark):
+for command in (detect, demo, train, average, evaluate, export, info, benchmark):
     app.command()(command)
 
 

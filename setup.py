@@ -27,12 +27,14 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = ["-march=skylake-avx512", "-mprefer-vector-width=512"]
 INSTRUCTION_SETS = {
     "generic": [],
     **(
         {
             "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"],
-            "avx512": ["-march=skylake-avx512", "-mprefer-vector-width=512"],
+            "avx512": AVX512,
+            "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         }
         if X86
         else {}

@@ -21,7 +21,11 @@ from featherface.benchmark import Results, Run, Setup, Unavailable, contenders, 
 from featherface.files import atomic_write
 from ffkernels import engine
 
-NAMES = ["engine", "eager", "channels_last", "torch.compile", "onnxruntime", "openvino", "openvino bf16", "ncnn"]
+NAMES = ["engine", "engine bf16", "eager", "channels_last", "torch.compile", "onnxruntime", "openvino"]
+NAMES += ["openvino bf16", "ncnn"]
+
+
+ENGINES = {"engine": "float32", "engine bf16": "bfloat16"}
 
 
 def frozen(setup: Setup, x: torch.Tensor) -> Run:
@@ -87,17 +91,20 @@ def main() -> None:
             timings = interleave(case, runs, arguments.seconds, setup.device)
         results.timings += timings
         results.protocol["peaks"].append(peaks(threads))
-        fastest = min(t.median_ms for t in timings if t.contender != "engine")
-        print(f"\n| {arguments.model}, {case} | ms | p10 | p90 | engine is faster by |\n|---|---|---|---|---|")
-        own = next((t.median_ms for t in timings if t.contender == "engine"), float("nan"))
+        own = {t.contender: t.median_ms for t in timings if t.contender in ENGINES}
+        fastest = min((t.median_ms for t in timings if t.contender not in ENGINES), default=None)
+        print(f"\n| {arguments.model}, {case} | ms | p10 | p90 |" + "".join(f" {e} is faster by |" for e in own))
+        print("|---" * (4 + len(own)) + "|")
         for t in timings:
             name = t.contender + (" (fastest peer)" if t.median_ms == fastest else "")
-            print(f"| {name} | {t.median_ms:.2f} | {t.p10_ms:.2f} | {t.p90_ms:.2f} | {t.median_ms / own:.2f} |")
+            ratios = "".join(f" {t.median_ms / ms:.2f} |" for ms in own.values())
+            print(f"| {name} | {t.median_ms:.2f} | {t.p10_ms:.2f} | {t.p90_ms:.2f} |{ratios}")
         print(results.protocol["peaks"][-1], flush=True)
         if arguments.steps:
-            built = engine.build(model, tuple(x.shape), threads=threads)
-            built.profile(x)
-            print(built.profile(x, 50))
+            for name in own:
+                built = engine.build(model, tuple(x.shape), ENGINES[name], threads=threads)
+                built.profile(x)
+                print(built.profile(x, 50))
     if arguments.output:
         with atomic_write(arguments.output) as temporary:
             temporary.write_text(json.dumps(results.to_dict(), indent=1) + "\n")

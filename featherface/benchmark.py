@@ -137,6 +137,7 @@ def contenders(device: str | torch.device = "cpu") -> dict[str, Callable[[Setup,
     if torch.device(device).type == "cpu":
         table |= {
             "engine": _engine,
+            "engine bf16": _engine_bf16,
             "onnxruntime": _onnxruntime,
             "openvino": _openvino,
             "openvino bf16": _openvino_bf16,
@@ -329,13 +330,19 @@ def _compiled(setup: Setup, x: Tensor) -> Run:
     return lambda: model(x)
 
 
-def _engine(setup: Setup, x: Tensor) -> Run:
+def _engine(setup: Setup, x: Tensor, dtype: str = "float32") -> Run:
     try:
         engine = importlib.import_module("ffkernels.engine")
     except ImportError:
         raise Unavailable("this version of ffkernels has none") from None
-    built = engine.build(setup.model, tuple(x.shape), threads=setup.threads, outputs="softmax")
+    built = engine.build(setup.model, tuple(x.shape), dtype, threads=setup.threads, outputs="softmax")
+    if built.computes != dtype:
+        raise Unavailable("this processor has no AMX")
     return lambda: built(x)
+
+
+def _engine_bf16(setup: Setup, x: Tensor) -> Run:
+    return _engine(setup, x, "bfloat16")
 
 
 def _onnxruntime(setup: Setup, x: Tensor) -> Run:

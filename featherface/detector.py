@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ffkernels
 from ffkernels import Policy, ops, registry
 from ffkernels.config import Fused, requested_policy, set_fused
-from ffkernels.engine import Engine
+from ffkernels.engine import DTYPES, Engine
 from ffkernels.engine import build as build_engine
 from ffkernels.report import Report
 
@@ -98,9 +98,12 @@ class FaceDetector:
             batch. The result for an image does not depend on the others in the batch.
         top_k: candidates that enter non-maximum suppression.
         keep_top_k: most faces per image.
+        dtype: ``"float32"`` or ``"bfloat16"``: of the engine's convolutions. On processors without AMX the engine
+            computes in float32 either way (``detector.engine.computes``).
 
     Raises:
-        FeatherFaceError: an option is out of range, or the device is not available.
+        FeatherFaceError: an option is out of range, the device is not available, or bfloat16 is asked for where no
+            engine runs the network.
         CheckpointError: there are no weights, or they cannot be read or do not fit.
     """
 
@@ -120,7 +123,10 @@ class FaceDetector:
         multiple: int = 32,
         top_k: int = 5000,
         keep_top_k: int = 750,
+        dtype: str = "float32",
     ) -> None:
+        if dtype not in DTYPES:
+            raise FeatherFaceError(f"dtype is {dtype!r}; it must be one of: {', '.join(DTYPES)}")
         _check("score_threshold", score_threshold, 0, 1)
         _check("nms_threshold", nms_threshold, 0, 1)
         _check("size", size, 1, 65536)
@@ -146,7 +152,10 @@ class FaceDetector:
         self.device = resolve_device(device, None if self.weights else self.model)
         self.policy = requested_policy(fused) or _default_policy(self.device)
         self.model.eval().to(self.device)
+        self.dtype = dtype
         self.engine, self.engine_reason = self._build_engine(requested_policy(fused), given=self.weights is None)
+        if self.engine is None and dtype != "float32":
+            raise FeatherFaceError(f"{dtype} needs the CPU engine, which does not run here: {self.engine_reason}")
         self._anchors: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def _build_engine(self, asked: Policy | None, given: bool) -> tuple[Engine | None, str | None]:
@@ -158,7 +167,7 @@ class FaceDetector:
         if asked is not None and (asked.mode == "0" or asked.backend not in ("auto", "cpu")):
             return None, "plain PyTorch was asked for" if asked.mode == "0" else f"{asked.backend} was asked for"
         try:
-            return build_engine(self.model, (1, 3, 64, 64), input="both", order="rgb"), None
+            return build_engine(self.model, (1, 3, 64, 64), self.dtype, input="both", order="rgb"), None
         except (TypeError, ValueError, RuntimeError) as error:
             return None, str(error)
 

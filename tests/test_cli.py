@@ -253,7 +253,7 @@ def test_options_reach_the_detector(capsys, monkeypatch, photos):
     assert run(capsys, "detect", photos / "b.png", *options.split())[0] == 0
     assert seen == {
         "weights": "W", "model": "M", "device": "cpu", "score": 0.3, "nms": 0.2, "size": 256, "fused": False,
-        "threads": 1, "pad": 0.1, "tile": 512,
+        "threads": 1, "pad": 0.1, "tile": 512, "dtype": "float32",
     }  # fmt: skip
 
 

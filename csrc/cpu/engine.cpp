@@ -11,9 +11,11 @@
 #include <vector>
 #endif
 #include <new>
+#include <optional>
 
 #include <sched.h>
 
+#include "engine_bf16.h"
 #include "engine_math.h"
 #include "engine_rows.h"
 #include "ff_api.h"
@@ -23,8 +25,10 @@ namespace {
 
 constexpr int kMaxBlocks = 16;  // of one step
 
-constexpr Produce kProduce[kKinds] = {stem,        separable,   conv, fuse,   gate,  maps,  apply,
-                                      load_planar, conv_planar, head, deform, reuse, blend, mix};
+constexpr Produce kProduce[kKinds] = {stem,      separable,   conv,        fuse,           gate,      maps,
+                                      apply,     load_planar, conv_planar, head,           deform,    reuse,
+                                      blend,     mix,         stem_bf16,   separable_bf16, conv_bf16, fuse_bf16,
+                                      maps_bf16, apply_bf16,  head_bf16,   mix_bf16,       to_float,  to_bf16};
 
 // Spins, then yields: steps take tens of microseconds, but there may be more threads than processors.
 class Barrier {
@@ -134,6 +138,8 @@ class Step {
 };
 
 void work(const Run &run, Barrier &barrier, int rank, int team) {
+  std::optional<Tiles> tiles;
+  if (run.blocks[0].kind == kStemBf16) tiles.emplace();
   auto started = std::chrono::steady_clock::now();
   for (int64_t image = 0; image < run.batch; ++image)
     for (int64_t i = 0, step = 0; i < run.count; ++step) {
@@ -207,3 +213,11 @@ extern "C" int ff_cpu_engine_run(const void *plan, int64_t count, void *arena, i
 extern "C" const char *ff_cpu_engine_fields(void) { return FF_ENGINE_FIELDS(FF_ENGINE_NAME); }
 
 extern "C" int ff_cpu_engine_lanes(void) { return ff::engine::L; }
+
+extern "C" int ff_cpu_engine_tiles(void) {
+#if defined(__AMX_BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -6,7 +6,8 @@
 //
 // Maps are NHWC with a border: pixel (y, x) of a map is at base + (y % ring) * row + (x + 1) * cs, its channels padded
 // with zeros to cs, and the pixels x = -1 and x = w are zero. Planar rows keep channel c at c * plane, x at L + x.
-// Offsets and strides count floats; those into `weights` too, where tables of int32_t are stored by their bits.
+// Offsets and strides count floats, cs numbers of the map's type; those into `weights` too, where tables of int32_t are
+// stored by their bits.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,6 +29,16 @@ enum Kind {
   kReuse,       // a + scale * mean of channel chunks of b
   kBlend,       // a + weighted bilinear resampling of up to two others
   kMix,         // g * a + (1 - g) * relu(b), and progressive enhancement
+  kStemBf16,    // the same with bfloat16 maps
+  kSeparableBf16,
+  kConvBf16,  // of up to three inputs side by side
+  kFuseBf16,
+  kMapsBf16,
+  kApplyBf16,
+  kHeadBf16,
+  kMixBf16,
+  kToFloat,  // a bfloat16 map as float32, and back
+  kToBf16,
   kKinds
 };
 
@@ -97,5 +108,15 @@ void deform(const Context &, int64_t y, int64_t n);
 void reuse(const Context &, int64_t y, int64_t n);
 void blend(const Context &, int64_t y, int64_t n);
 void mix(const Context &, int64_t y, int64_t n);
+void stem_bf16(const Context &, int64_t y, int64_t n);
+void separable_bf16(const Context &, int64_t y, int64_t n);
+void conv_bf16(const Context &, int64_t y, int64_t n);
+void fuse_bf16(const Context &, int64_t y, int64_t n);
+void maps_bf16(const Context &, int64_t y, int64_t n);
+void apply_bf16(const Context &, int64_t y, int64_t n);
+void head_bf16(const Context &, int64_t y, int64_t n);
+void mix_bf16(const Context &, int64_t y, int64_t n);
+void to_float(const Context &, int64_t y, int64_t n);
+void to_bf16(const Context &, int64_t y, int64_t n);
 
 }  // namespace ff::engine

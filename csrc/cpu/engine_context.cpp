@@ -226,6 +226,19 @@ void softmax_pairs(float *x, int64_t count) {
 
 }  // namespace
 
+void write_predictions(const Context &ctx, int64_t anchor, int64_t count, const float *in, int64_t lanes) {
+  const int64_t anchors = ctx.block->p0;
+  for (int64_t m = 0; m < count; ++m, in += lanes, anchor += anchors) {
+    std::memcpy(ctx.bbox + anchor * 4, in, anchors * 4 * sizeof(float));
+    std::memcpy(ctx.cls + anchor * 2, in + anchors * 4, anchors * 2 * sizeof(float));
+    std::memcpy(ctx.landmarks + anchor * 10, in + anchors * 6, anchors * 10 * sizeof(float));
+  }
+}
+
+void finish_predictions(const Context &ctx, int64_t anchor) {
+  if (ctx.block->p2) softmax_pairs(ctx.cls + anchor * 2, ctx.a.w * ctx.block->p0 * 2);
+}
+
 namespace {
 
 // The outputs of pixels from anchor `first` on, stored as they are computed: two vectors are two anchors.
@@ -262,13 +275,7 @@ void head_any(const Context &ctx, const float *row, int64_t pixel, int64_t step,
       else
         head_pixels<1, Pixel>(pixels, at, channels, pixel, step, w, bias, store);
     }
-    for (int64_t m = 0; m < pixels; ++m) {
-      const float *in = buffer + m * lanes;
-      const int64_t anchor = first + (x + m) * anchors;
-      std::memcpy(ctx.bbox + anchor * 4, in, anchors * 4 * sizeof(float));
-      std::memcpy(ctx.cls + anchor * 2, in + anchors * 4, anchors * 2 * sizeof(float));
-      std::memcpy(ctx.landmarks + anchor * 10, in + anchors * 6, anchors * 10 * sizeof(float));
-    }
+    write_predictions(ctx, first + x * anchors, pixels, buffer, lanes);
   }
 }
 
@@ -293,7 +300,7 @@ void head(const Context &ctx, int64_t y, int64_t n) {
       head_row<1>(ctx, ctx.a.at(y + r) + L, 1, cs, first);
     else
       head_row<0>(ctx, ctx.a.at(y + r) + cs, cs, 1, first);
-    if (b.p2) softmax_pairs(ctx.cls + first * 2, width * anchors * 2);
+    finish_predictions(ctx, first);
   }
 }
 
@@ -315,11 +322,7 @@ void mix(const Context &ctx, int64_t y, int64_t n) {
           const V raw = V::load(other + x);
           value = fma(g, value, rest * activate<kRelu>(raw, raw));
         }
-        for (int64_t i = 0; i < b.p0; ++i) {
-          value = fma(V(0.1f), tanh(value), value);
-          if (i > 0) value *= V(1.0f + 0.1f * float(i));
-        }
-        value.store(out + x);
+        enhanced(value, b.p0).store(out + x);
       }
     }
     clear_margins(ctx.o.at(y + r), ctx.o.c, plane, ctx.o.w);

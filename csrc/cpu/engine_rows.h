@@ -32,4 +32,10 @@ void gate_pixels(const Context &ctx, int64_t y, int64_t x, int64_t columns, cons
 // Up to L pixels of cs channels -> (cs, plane); missing pixels are zero. `spare` holds L * cs floats.
 void transpose_pixels(const float *in, int64_t pixels, int64_t cs, float *out, int64_t plane, float *spare);
 
+// Copies what a head predicts for `count` pixels, `lanes` floats each, into the outputs from an anchor on.
+void write_predictions(const Context &ctx, int64_t anchor, int64_t count, const float *in, int64_t lanes);
+
+// Softmax of a row of the outputs, from its first anchor on, where the block is asked for it.
+void finish_predictions(const Context &ctx, int64_t anchor);
+
 }  // namespace ff::engine

@@ -46,13 +46,14 @@ def demo(
     device: options.Device = "auto",
     fused: options.Fused = None,
     threads: options.Threads = None,
+    dtype: options.Dtype = "float32",
 ) -> None:
     """Find the face in a public-domain photograph; show the time of each stage and which kernels ran.
 
     The photograph comes with scikit-image (extra: demo).
     """
     options.writable_file(output, "--output")
-    detector = FaceDetector(weights, model, device, size=size, fused=fused, threads=threads)
+    detector = FaceDetector(weights, model, device, size=size, fused=fused, threads=threads, dtype=dtype)
     image = photograph()
     faces = detector.detect(image)
     with atomic_write(output) as temporary:
@@ -82,7 +83,7 @@ def demo(
 def kernels_of(detector: FaceDetector, image: np.ndarray) -> str:
     """What runs the network: the engine, or the backends of its ops and the reasons for what is not fused."""
     if detector.engine is not None:
-        return f"CPU engine ({detector.engine.isa})"
+        return f"CPU engine ({detector.engine.computes}, {detector.engine.isa})"
     rows = detector.report(image)
     reasons = sorted({row.reason for row in rows if row.backend == "reference" and row.reason})
     ops = _named([row.backend for row in rows]) + (f" ({'; '.join(reasons)})" if reasons else "")

@@ -58,6 +58,7 @@ def detect(
     device: options.Device = "auto",
     fused: options.Fused = None,
     threads: options.Threads = None,
+    dtype: options.Dtype = "float32",
     frames: Annotated[
         int | None, typer.Option(min=1, help="Stop each video or camera after so many frames (Ctrl-C stops a camera).")
     ] = None,
@@ -80,7 +81,7 @@ def detect(
     targets = _targets(found, output)
     if crops is not None:
         options.writable_folder(crops, "--crops")
-    detector = FaceDetector(weights, model, device, score, nms, size, fused, threads, pad=pad, tile=tile)
+    detector = FaceDetector(weights, model, device, score, nms, size, fused, threads, pad=pad, tile=tile, dtype=dtype)
     return Run(detector, found, targets, json, csv, crops, frames, quiet).run()
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FeatherFaceError
-from .options import Device, Fused, Model, Nms, Quiet, Score, Threads, Weights, writable_file, writable_folder
+from .options import Device, Dtype, Fused, Model, Nms, Quiet, Score, Threads, Weights, writable_file, writable_folder
 
 
 class ProtocolName(str, Enum):
@@ -41,6 +41,7 @@ def evaluate(
     device: Device = "auto",
     fused: Fused = None,
     threads: Threads = None,
+    dtype: Dtype = "float32",
     predictions: Annotated[
         Path | None,
         typer.Option(
@@ -101,7 +102,7 @@ def evaluate(
 
         from ..detector import FaceDetector
 
-        detector = FaceDetector(weights, model, device, fused=fused, threads=threads)
+        detector = FaceDetector(weights, model, device, fused=fused, threads=threads, dtype=dtype)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
             task = bar.add_task("images", total=None)

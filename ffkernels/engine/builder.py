@@ -49,7 +49,7 @@ class Builder:
         if not self.heads:
             raise ValueError("an engine's network ends in multi_head, and this one has none")
         for node in self.nodes:
-            if node.pool and node.kind not in ("separable", "conv", "deform", "apply", "reuse", "blend"):
+            if node.pool and node.kind not in ("separable", "conv", "deform", "apply", "reuse", "blend", "to_bf16"):
                 raise ValueError(f"an engine cannot pool the output of {node.name} ({node.kind})")
 
     def packed(self) -> set[Node]:
@@ -193,15 +193,7 @@ class Builder:
         node.fields = activation_fields(activation, negative_slope) | {"mode": ACTIVATIONS[inner], "p3": 0}
         taps = permuted(first.weight.reshape(1, channels, 9), x.order)[0]
         bias = permuted(first.bias[None], x.order)[0]
-        lanes = self.lanes
-        if self.packs(x.node, first.stride):
-            lines = np.tile(np.concatenate([taps, bias[:, None]], axis=1).T, (1, lanes // channels))[None]
-        else:
-            vectors = -(-channels // lanes)
-            padded = np.zeros((vectors * lanes, 10))
-            padded[:channels, :9], padded[:channels, 9] = taps, bias
-            lines = padded.reshape(vectors, lanes, 10).transpose(0, 2, 1)
-        node.fields["w0"] = self.weights.add(lines)
+        self._depthwise(node, taps, bias)
         weight = permuted(second.dense()[:, :, 0, 0], x.order)
         order = shuffle_order(second.out_channels, shuffle_groups)
         weight, bias = weight[order], second.bias[order]
@@ -228,6 +220,18 @@ class Builder:
         offset = self.weights.add(source[:, : self.lanes].astype(np.int32))
         self.weights.add(np.take_along_axis(weight.T, source, axis=0))
         return offset
+
+    def _depthwise(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> None:
+        """Packs the (C, 9) weight of the depthwise half of a separable block."""
+        channels, lanes = len(taps), self.lanes
+        if self.packs(node.inputs[0], node.stride):
+            lines = np.tile(np.concatenate([taps, bias[:, None]], axis=1).T, (1, lanes // channels))[None]
+        else:
+            vectors = -(-channels // lanes)
+            padded = np.zeros((vectors * lanes, 10))
+            padded[:channels, :9], padded[:channels, 9] = taps, bias
+            lines = padded.reshape(vectors, lanes, 10).transpose(0, 2, 1)
+        node.fields["w0"] = self.weights.add(lines)
 
     def packs(self, node: Node, stride: int) -> bool:
         """Whether a depthwise convolution of this map puts two pixels in one vector."""
@@ -277,9 +281,13 @@ class Builder:
         maps.macs = node.channels
         maps.fields = {"groups": groups, "p0": int(order == "max_mean")}
         # The kernel reads [mean, max]; "max_mean" stores the maximum first, where the weights expect it.
-        packed = np.concatenate([folded.weight.reshape(groups, 98), folded.bias[:, None]], axis=1)
         self.nodes += [channel, maps]
-        return Gate(channel, maps, groups, self.weights.add(packed))
+        return Gate(channel, maps, groups, self._spatial(folded))
+
+    def _spatial(self, folded: Folded) -> int:
+        """Packs the 7x7 convolution behind a spatial gate."""
+        packed = np.concatenate([folded.weight.reshape(folded.groups, 98), folded.bias[:, None]], axis=1)
+        return self.weights.add(packed)
 
     def materialised(self, x: Value) -> Value:
         """The same value with no gate pending."""
@@ -429,7 +437,7 @@ class Builder:
 
     def progressive(self, x: Value, groups: int = 4, steps: int = 3) -> Value:
         """``steps`` times x + 0.1 tanh(x), channel shuffle, times 1 + 0.1 i: element by element, then one shuffle."""
-        if not x.node.planar:
+        if not (x.node.planar or x.node.low):
             raise ValueError("progressive needs the planar output of ssh_grouped")
         node = Node("mix", f"{x.node.name} enhancement", [x.node], x.channels, planar=True)
         node.fields = {"p0": steps, "w0": self.weights.add(np.arange(x.channels, dtype=np.int32))}
@@ -535,19 +543,19 @@ class Builder:
             self.anchors_per_pixel = anchors
             weight = permuted(np.concatenate([p.dense()[:, :, 0, 0] for p in predictors]), x.order)
             bias = np.concatenate([p.bias for p in predictors])
-            vectors = -(-weight.shape[0] // self.lanes)
-            padded, padded_bias = np.zeros((vectors * self.lanes, weight.shape[1])), np.zeros(vectors * self.lanes)
-            padded[: len(weight)], padded_bias[: len(bias)] = weight, bias
             node = Node("head", self._name(head.cls, "head"), [x.node], 16 * anchors, planar=x.node.planar)
-            node.fields = {
-                "w0": self.weights.add(padded.reshape(vectors, self.lanes, -1).transpose(0, 2, 1)),
-                "w1": self.weights.add(padded_bias),
-                "p0": anchors,
-                "mode": int(x.node.planar),
-            }
+            node.fields = {"p0": anchors, "mode": int(x.node.planar)} | self._predictors(node, weight, bias)
             node.macs = weight.size
             self.nodes.append(node)
             self.heads.append(node)
+
+    def _predictors(self, node: Node, weight: np.ndarray, bias: np.ndarray) -> dict[str, int]:
+        """Packs the (O, C) weight of a head."""
+        vectors = -(-weight.shape[0] // self.lanes)
+        padded, padded_bias = np.zeros((vectors * self.lanes, weight.shape[1])), np.zeros(vectors * self.lanes)
+        padded[: len(weight)], padded_bias[: len(bias)] = weight, bias
+        lines = padded.reshape(vectors, self.lanes, -1).transpose(0, 2, 1)
+        return {"w0": self.weights.add(lines), "w1": self.weights.add(padded_bias)}
 
     def anchors(self, priors: Callable[[int, int], Tensor], variances: tuple[float, float]) -> None:
         """How boxes are decoded: ``priors(height, width)`` gives (N, 4) cx cy w h for an input of that size."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import cpu
 from ..cpu import detection
 from ..native import check, module
+from .bf16 import Bf16Builder
 from .builder import Builder
 from .memory import aligned
 from .plan import Plan, make_plan
@@ -21,7 +22,7 @@ from .plan import Plan, make_plan
 INPUTS = ("float32_nchw", "uint8_hwc", "both")
 OUTPUTS = ("raw", "softmax", "detections")
 ORDERS = ("bgr", "rgb")
-DTYPES = ("float32",)
+DTYPES = ("float32", "bfloat16")
 CACHE_BYTES = 2**30
 """Arenas of cached plans take at most this, the one in use excepted."""
 CACHE_PLANS = 32
@@ -30,6 +31,11 @@ CACHE_PLANS = 32
 def unavailable() -> str | None:
     """Why no engine can be built here, ``None`` if one can."""
     return cpu.unavailable()
+
+
+def computed_dtype(dtype: str) -> str:
+    """What an engine of this dtype computes in with the kernels that are loaded: bfloat16 needs AMX."""
+    return dtype if module()[0].ff_cpu_engine_tiles() else "float32"
 
 
 class Faces(NamedTuple):
@@ -62,6 +68,11 @@ class _Planned:
 
 class Engine:
     """A network ready to run on the CPU. Made by :func:`build`.
+
+    Attributes:
+        dtype: what was asked for.
+        computes: what it computes in: ``"float32"`` where bfloat16 was asked for and the processor has no AMX.
+        isa: the instruction set of its kernels.
 
     Calls are safe from several threads: each has an arena of its own. The results do not depend on the number of
     threads. Batches run image after image, all threads on each.
@@ -104,7 +115,8 @@ class Engine:
         self._native = native
         self._lanes = native.ff_cpu_engine_lanes()
         self._fields = native.ff_cpu_engine_fields().strip(",").split(",")
-        builder = Builder(self._lanes)
+        self.computes = computed_dtype(dtype)
+        builder = (Bf16Builder if self.computes == "bfloat16" else Builder)(self._lanes)
         builder.name_parameters(model)
         builder.describe(model)
         if outputs == "detections" and builder.priors is None:
@@ -294,11 +306,11 @@ class Engine:
         key = self._profiled or next(reversed(self._plans))
         plan = self._planned(*key).plan
         lines = [
-            f"{key[1]}x{key[0]}, {key[2]} threads, {self.dtype} on {self.isa}: {len(plan.steps)} steps, "
+            f"{key[1]}x{key[0]}, {key[2]} threads, {self.computes} on {self.isa}: {len(plan.steps)} steps, "
             f"{plan.barriers} barriers, {sum(s.flops for s in plan.steps) / 1e6:.1f} MFLOP, "
             f"arena {4 * plan.scratch / 2**20:.2f} MB + {key[2]} x {4 * plan.scratch_size / 1024:.0f} kB of scratch, "
             f"weights {self._weights.nbytes / 2**20:.2f} MB",
-            f"{'us':>7} {'GFLOP/s':>8} {'MFLOP':>7} {'kB':>7}  {'output':>14}  blocks (last layer)",
+            f"{'us':>7} {'GFLOP/s':>8} {'MFLOP':>7} {'kB':>7}  {'output':>14}  {'dtype':>8}  blocks (last layer)",
         ]
         for step in plan.steps:
             time = rate = ""
@@ -308,7 +320,7 @@ class Engine:
             output = "x".join(map(str, step.output))
             lines.append(
                 f"{time:>7} {rate:>8} {step.flops / 1e6:>7.2f} {step.bytes / 1024:>7.0f}  {output:>14}  "
-                f"{step.kind} ({step.name})"
+                f"{step.dtype:>8}  {step.kind} ({step.name})"
             )
         if self._seconds is not None:
             lines.append(f"{1e6 * self._seconds.sum():>7.1f} us in all")
@@ -337,7 +349,8 @@ def build(
     Args:
         model: a network whose modules have ``ff_plan`` (docs/engine.md).
         input_shape: (B, 3, H, W), or (B, H, W, 3) for ``input="uint8_hwc"``; the batch size does not matter.
-        dtype: ``"float32"``; of the computation.
+        dtype: ``"float32"``, or ``"bfloat16"``: maps and weights of convolutions, with float32 sums. Without AMX such
+            an engine computes in float32 (:attr:`Engine.computes`).
         threads: ``None`` follows ``torch.get_num_threads()`` at every call.
         input: ``"float32_nchw"``; ``"uint8_hwc"``: bytes from which the engine subtracts the mean; ``"both"``: each
             call may have either, told apart by the dtype.

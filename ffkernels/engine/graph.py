@@ -27,8 +27,18 @@ KINDS = (
     "reuse",
     "blend",
     "mix",
+    "stem bf16",
+    "separable bf16",
+    "conv bf16",
+    "fuse bf16",
+    "maps bf16",
+    "apply bf16",
+    "head bf16",
+    "mix bf16",
+    "to_float",
+    "to_bf16",
 )
-"""``ff::engine::Kind`` of csrc/cpu/engine.h."""
+"""``ff::engine::Kind`` of csrc/cpu/engine.h; a :class:`Node` has the name without ``bf16``."""
 
 
 @dataclass(eq=False)
@@ -48,6 +58,9 @@ class Node:
         scalar: the gate node whose vector it multiplies by.
         into: the map that its output is a part of, from ``first`` on.
         macs: multiply-adds per output pixel.
+        low: a bfloat16 kernel computes it, from bfloat16 maps.
+        cs: numbers per pixel of its output if that is bfloat16, else 0.
+        joins: its readers join its step, even if there are several.
     """
 
     kind: str
@@ -64,6 +77,14 @@ class Node:
     into: Node | None = None
     first: int = 0
     macs: int = 0
+    low: bool = False
+    cs: int = 0
+    joins: bool = False
+
+    @property
+    def kernel_kind(self) -> int:
+        """Its index in :data:`KINDS`."""
+        return KINDS.index(f"{self.kind} bf16" if self.low else self.kind)
 
 
 @dataclass(eq=False)
@@ -98,7 +119,7 @@ class Value:
 
 
 class Weights:
-    """One array of float32 for all constants; tables of integers are stored by their bits."""
+    """One array of float32 for all constants; tables of integers and bfloat16 (uint16) are stored by their bits."""
 
     def __init__(self) -> None:
         self.parts: list[np.ndarray] = []
@@ -108,7 +129,9 @@ class Weights:
         """Append values, from a multiple of 64 bytes on. Returns their offset."""
         if isinstance(values, Tensor):
             values = values.detach().double().numpy()
-        if values.dtype.kind in "iu":
+        if values.dtype == np.uint16:
+            flat = np.ascontiguousarray(values).reshape(-1).view(np.float32)
+        elif values.dtype.kind in "iu":
             flat = np.ascontiguousarray(values, dtype=np.int32).reshape(-1).view(np.float32)
         else:
             flat = np.ascontiguousarray(values, dtype=np.float32).reshape(-1)

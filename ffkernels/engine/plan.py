@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .graph import KINDS, Node
+from .graph import Node
 
 CHAIN_BYTES = 1024 * 1024
 """A map that takes more than this of each thread is never stored whole where its reader can pull it row by row: it
@@ -35,6 +35,7 @@ class Step:
     output: tuple[int, int, int]
     flops: int
     bytes: int
+    dtype: str
     last_row: int
 
 
@@ -68,6 +69,16 @@ class _Map:
             self.cs = node.channels if packed else -(-node.channels // lanes) * lanes
             slack = (lanes + 2) * self.cs if node.kind == "stem" else 0
             self.row = -(-((w + 2) * self.cs + slack) // 16) * 16
+        self.item_size, self.slack = 4, 2 * lanes
+        if node.low and node.kind == "maps":
+            # Segments of 16 pixels read 32 numbers, from three before the first pixel on.
+            self.cs = -(-(-(-w // 16) * 16 + 16) // 32) * 32
+            self.row, self.item_size = self.c * self.cs // 2, 2
+        elif node.cs:
+            # Tiles read up to 64 bytes behind a row, and of the last one 16 pixels of a stride of 2 and their windows.
+            self.cs = node.cs
+            self.row = -(-((w + 2) * self.cs + 32) // 32) * 16
+            self.item_size, self.slack = 2, 18 * self.cs + 32
         self.ring = h
         self.base = -1
         self.in_scratch = False
@@ -152,8 +163,8 @@ def make_plan(
             gates[sink] = arena.reserve(max(maps[sink.inputs[0]].cs, lanes), epoch[i], ends.get(sink, epoch[i]))
         elif sink.kind != "head" and sink.into is None:
             arena_map = maps[sink]
-            # One spare row's end: vectors may read past the last pixel.
-            arena.place(arena_map, arena_map.row * arena_map.h + 2 * lanes, epoch[i], ends.get(sink, epoch[i]))
+            # Vectors may read past the last pixel.
+            arena.place(arena_map, arena_map.row * arena_map.h + arena_map.slack, epoch[i], ends.get(sink, epoch[i]))
         rows_of = {node: _rows(node, maps, lanes) for node in group}
         used = _rings(group, maps, rows_of)
         own = max(_own_scratch(node, maps, rows_of[node], lanes) for node in group)
@@ -163,7 +174,7 @@ def make_plan(
         if node.kind == "concat":
             parts = [epoch[producer[p]] for p in node.inputs]
             whole = maps[node]
-            arena.place(whole, whole.row * whole.h + 2 * lanes, min(parts), ends.get(node, max(parts)))
+            arena.place(whole, whole.row * whole.h + whole.slack, min(parts), ends.get(node, max(parts)))
     arena.assign()
 
     first_anchor, anchors = {}, 0
@@ -186,7 +197,7 @@ def make_plan(
             def put(name: str, value: int, row: np.ndarray = row) -> None:
                 row[column[name]] = value
 
-            put("kind", KINDS.index(node.kind))
+            put("kind", node.kernel_kind)
             put("rows", _rows(node, maps, lanes))
             put("stride", node.stride)
             put("kernel", node.kernel)
@@ -211,7 +222,7 @@ def make_plan(
                 put("a_h", image[0])
                 put("a_w", image[1])
                 put("mode", stem_mode)
-                put("p0", -(-m.w // lanes) * lanes + 2 * lanes)
+                put("p0", _stem_line(node, m.w) if node.low else -(-m.w // lanes) * lanes + 2 * lanes)
             if node.kind == "head":
                 put("p1", first_anchor[node])
                 put("p2", int(softmax))
@@ -281,7 +292,7 @@ def _chains(nodes: list[Node], maps: dict[Node, _Map], threads: int) -> list[lis
             if source in whole or source.pool or source not in group or node.kind == "concat":
                 continue
             planar = source.planar and node.planar and source.kind != "maps"
-            if planar or (len(readers[source]) == 1 and _chainable(source, node, maps, threads)):
+            if planar or source.joins or (len(readers[source]) == 1 and _chainable(source, node, maps, threads)):
                 join(source, node)
     position = {node: i for i, node in enumerate(nodes)}
     unique = {id(g): sorted(g, key=position.__getitem__) for g in group.values()}
@@ -306,7 +317,11 @@ def _rows(node: Node, maps: dict[Node, _Map], lanes: int) -> int:
     """Rows that a block makes at a time."""
     if node.kind in ("stem", "load_planar", "apply"):
         return MAX_ROWS
+    if node.kind == "apply" and node.low:
+        return MAX_ROWS
     if node.kind in ("separable", "conv") and node.inputs:
+        if node.low:
+            return MAX_ROWS if max(n.cs for n in node.inputs) <= 128 else MAX_ROWS // 2
         m = maps[node.inputs[0]]
         fit = TILE_BYTES // (4 * m.cs * _tile(maps[node].w, lanes))
         return max(1, min(MAX_ROWS, fit))
@@ -331,13 +346,15 @@ def _rings(group: list[Node], maps: dict[Node, _Map], rows: dict[Node, int]) -> 
         m = maps[node]
         m.ring = min(m.h, high[node] - needed + 1)
         m.base, m.in_scratch = used, True
-        used += -(-(m.ring * m.row + 32) // 16) * 16
+        used += -(-(m.ring * m.row + max(m.slack, 32)) // 16) * 16
     return used
 
 
 def _own_scratch(node: Node, maps: dict[Node, _Map], rows: int, lanes: int) -> int:
     m = maps[node]
     gated = rows * maps[node.gate.maps].row if node.gate is not None else 0
+    if node.low:
+        return _bf16_scratch(node, m, rows, gated)
     if node.kind == "stem":
         plane = -(-m.w // lanes) * lanes + 2 * lanes
         return 24 * plane + 24 * lanes + 64
@@ -354,6 +371,29 @@ def _own_scratch(node: Node, maps: dict[Node, _Map], rows: int, lanes: int) -> i
         return 3 * m.w * m.cs
     if node.kind == "deform":
         return TILES[lanes] * 9 * source.cs
+    return gated
+
+
+def _stem_line(node: Node, width: int) -> int:
+    """Numbers of one row of the image, with what strips of 16 pixels read on both sides."""
+    joined = node.fields["p4"]
+    strips = -(-width // (16 * joined))
+    return -(-(6 * 16 * joined * strips + 64) // 32) * 32
+
+
+def _bf16_scratch(node: Node, m: _Map, rows: int, gated: int) -> int:
+    if node.kind == "stem":
+        return (2 * MAX_ROWS + 2) * _stem_line(node, m.w) // 2
+    if node.kind == "separable":
+        return 2 * rows * 16 * max(node.inputs[0].cs, 32) // 2
+    if node.kind == "conv":
+        return gated + rows * 16 * node.inputs[0].cs // 2
+    if node.kind == "maps":
+        return node.inputs[0].cs
+    if node.kind == "fuse":
+        return m.w * m.cs
+    if node.kind == "head":
+        return 16 * 16 * node.fields["p0"]
     return gated
 
 
@@ -401,9 +441,14 @@ def _describe(group: list[Node], maps: dict[Node, _Map], sizes: dict[Node, tuple
     for node in group:
         h, w = sizes[node]
         flops += 2 * node.macs * h * w
-        moved += sum(4 * maps[n].h * maps[n].w * maps[n].c for n in node.inputs if n not in inside)
+        moved += sum(_map_bytes(maps[n]) for n in node.inputs if n not in inside)
         if node.kind == "stem":
             moved += 4 * 3 * (2 * h) * (2 * w)
     h, w = sizes[sink]
-    moved += 4 * h * w * sink.channels
-    return Step(sink.name, " + ".join(n.kind for n in group), (sink.channels, h, w), flops, moved, last_row)
+    moved += _map_bytes(maps[sink])
+    kinds, dtype = " + ".join(n.kind for n in group), "bfloat16" if sink.low else "float32"
+    return Step(sink.name, kinds, (sink.channels, h, w), flops, moved, dtype, last_row)
+
+
+def _map_bytes(m: _Map) -> int:
+    return m.item_size * m.h * m.w * m.c

@@ -1,0 +1,326 @@
+"""The builder of engines that compute in bfloat16, with float32 sums: maps and weights of convolutions are bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..params import ChannelMLP, ConvParams
+from .builder import Builder, Conv, Norm, activation_fields, shuffle_order
+from .graph import Folded, Gate, Node, Value
+
+DEPTH, CHANNELS = 32, 16
+"""``kTileDepth`` and ``kTileChannels`` of csrc/cpu/engine_bf16.h."""
+BF16_KINDS = ("separable", "conv", "fuse", "apply", "mix")
+
+
+class Bf16Builder(Builder):
+    """What differs from float32:
+
+    - dense convolutions are cheap, and grouped ones are made dense: context blocks are convolutions of NHWC maps, and
+      a BiFPN node's depthwise and 1x1 convolutions, which have nothing between them, are one 3x3 convolution;
+    - deformable convolutions and the mixing of levels stay float32, with conversions around them.
+    """
+
+    def _add(self, node: Node) -> Value:
+        if node.kind in BF16_KINDS:
+            node.low, node.planar, node.cs = True, False, numbers(node.channels)
+            if node.kind in ("fuse", "apply", "mix") and node.cs % DEPTH:
+                raise ValueError(f"an engine of bfloat16 takes no {node.kind} of fewer than 17 channels ({node.name})")
+        return super()._add(node)
+
+    def _low(self, x: Value) -> Value:
+        """x as a bfloat16 map."""
+        if x.node.cs or x.node.kind in ("image", "parts"):
+            return x
+        node = Node("to_bf16", f"{x.node.name} to bfloat16", [x.node], x.channels, cs=numbers(x.channels))
+        return replace(self._add(node), order=x.order)
+
+    def _whole(self, x: Value) -> Value:
+        """The map of x's parts, side by side."""
+        if x.node.kind != "parts":
+            return x
+        whole = Node("concat", x.node.name, x.node.inputs, x.channels, cs=numbers(x.channels))
+        first = 0
+        part_of_step = list(whole.inputs)
+        while part_of_step:
+            node = part_of_step.pop()
+            node.joins = False
+            part_of_step += [source for source in node.inputs if source.joins]
+        for part in whole.inputs:
+            self._into(part, whole, first)
+            first += part.channels
+        return replace(super()._add(whole), order=x.order)
+
+    def _into(self, part: Node, whole: Node, first: int) -> None:
+        part.into, part.first = whole, first
+        part.fields |= {"p1": first, "p2": last_panel(part.channels), "p5": int(not whole.cs)}
+
+    def _float(self, x: Value) -> Value:
+        """x as a float32 map."""
+        x = self._whole(self.materialised(x))
+        if not x.node.cs:
+            return x
+        node = Node("to_float", f"{x.node.name} to float32", [x.node], x.channels)
+        return replace(self._add(node), order=x.order)
+
+    def packs(self, node: Node, stride: int) -> bool:
+        return False
+
+    def _pairs(self, channels: int, groups: np.ndarray) -> bool:
+        return False
+
+    def _stem(self, x: Value, conv: Conv, folded: Folded, activation: str, negative_slope: float) -> Value:
+        out = folded.out_channels
+        if folded.weight.shape[1:] != (3, 3, 3) or folded.stride != 2 or folded.groups != 1 or out % 8:
+            raise ValueError("an engine's first convolution is 3x3 of stride 2 from 3 to a multiple of 8 channels")
+        cs = numbers(out)
+        joined = max(1, CHANNELS // cs)
+        # One run per row of the kernel: the columns that `joined` pixels read, three numbers each.
+        weight = np.zeros((joined, cs, 3, DEPTH // 2))
+        for j in range(joined):
+            weight[j, :out, :, 6 * j : 6 * j + 9] = folded.weight.transpose(0, 2, 3, 1).reshape(out, 3, 9)
+        tiles = joined * cs // CHANNELS
+        packed = weight.reshape(tiles, CHANNELS, 3, DEPTH // 4, 2)
+        # A run of 16 numbers fills half of a tile's rows.
+        packed = np.concatenate([packed, np.zeros_like(packed)], axis=3)
+        node = Node("stem", self._name(conv, "stem"), [], out, 2, 3, macs=27 * out, low=True, cs=cs)
+        node.fields = activation_fields(activation, negative_slope) | {
+            "w0": self.weights.add(np.array(self.image_mean)),
+            "w1": self.weights.add(panels(packed)),
+            "w2": self.weights.add(np.tile(padded(folded.bias, cs), joined)),
+            "p2": last_panel(joined * cs),
+            "p3": tiles,
+            "p4": joined,
+        }
+        return self._add(node)
+
+    def conv(
+        self, x: Value, conv: Conv, bn: Norm = None, activation: str = "none", negative_slope: float = 0.1
+    ) -> Value:
+        return super().conv(self._low(x), conv, bn, activation, negative_slope)
+
+    def depthwise_separable(self, x: Value, *layers: Any, **options: Any) -> Value:
+        return super().depthwise_separable(self._whole(self._low(self.materialised(x))), *layers, **options)
+
+    def _depthwise(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> None:
+        cs = node.inputs[0].cs
+        taps, bias = padded(taps, cs), padded(bias, cs)
+        if cs % DEPTH == 0:
+            lines = np.concatenate([taps, bias[:, None]], axis=1).reshape(-1, self.lanes, 2, 10)
+            node.fields["w0"] = self.weights.add(lines.transpose(0, 2, 3, 1))
+            return
+        # `joined` pixels are 16 outputs of a dense convolution.
+        joined = CHANNELS // cs
+        columns = (joined - 1) * node.stride + 3
+        runs = np.zeros((CHANNELS, 3, -(-columns * cs // DEPTH) * DEPTH))
+        for j in range(joined):
+            for c in range(cs):
+                at = j * node.stride * cs + c
+                runs[j * cs + c, :, at : at + 3 * cs : cs] = taps[c].reshape(3, 3)
+        node.fields |= {
+            "w0": self.weights.add(tiled(runs.reshape(CHANNELS, -1), CHANNELS)),
+            "p3": self.weights.add(np.tile(bias, joined)),
+            "p4": joined,
+        }
+
+    def _stored(self, node: Node, weight: np.ndarray, bias: np.ndarray) -> None:
+        if node.kind == "deform":
+            super()._stored(node, weight, bias)
+            return
+        cs = numbers(node.channels)
+        if node.kind == "separable":
+            runs, bias, cs = self._pointwise(node, weight[:, :, 0], bias, cs)
+        else:
+            if node.inputs[0].kind == "parts":
+                node.inputs = node.inputs[0].inputs
+            runs = self._runs(node, weight)
+        tiles = -(-cs // CHANNELS)
+        node.fields |= {
+            "w1": self.weights.add(tiled(runs, tiles * CHANNELS)),
+            "w2": self.weights.add(padded(bias, tiles * CHANNELS)),
+            "w3": self._zeros,
+            "p0": tiles,
+            "p1": 0,
+            "p2": last_panel(cs),
+            "p5": 0,
+        }
+
+    def _pointwise(
+        self, node: Node, weight: np.ndarray, bias: np.ndarray, cs: int
+    ) -> tuple[np.ndarray, np.ndarray, int]:
+        """The 1x1 half of a separable block: inputs in the order in which the depthwise half leaves them."""
+        source = node.inputs[0].cs
+        weight = padded(weight.T, source).T
+        if source % DEPTH == 0:
+            order = np.arange(source).reshape(-1, self.lanes, 2).transpose(0, 2, 1).reshape(-1)
+            return weight[:, order], bias, cs
+        joined = CHANNELS // source
+        runs = np.zeros((joined, cs, DEPTH))
+        for j in range(joined):
+            runs[j, : len(weight), j * source : (j + 1) * source] = weight
+        return runs.reshape(-1, DEPTH), np.tile(padded(bias, cs), joined), joined * cs
+
+    def _runs(self, node: Node, weight: np.ndarray) -> np.ndarray:
+        """(O, C, k * k) -> (O, N): for every input and row of the kernel the numbers of its pixels, to a multiple of
+        32."""
+        k, first, runs = node.kernel, 0, []
+        sources = node.inputs if node.gate is None else node.inputs[:1]
+        for source in sources:
+            part = np.zeros((len(weight), k, k, source.cs))
+            part[..., : source.channels] = (
+                weight[:, first : first + source.channels].reshape(len(weight), -1, k, k).transpose(0, 2, 3, 1)
+            )
+            part = part.reshape(len(weight), k, -1)
+            short = -part.shape[2] % DEPTH
+            runs.append(np.pad(part, ((0, 0), (0, 0), (0, short))).reshape(len(weight), -1))
+            first += source.channels
+        return np.concatenate(runs, axis=1)
+
+    def cbam(self, x: Value, *layers: Any, **options: Any) -> Value:
+        return super().cbam(self._whole(self._low(self.materialised(x))), *layers, **options)
+
+    def _gate(self, node: Node, mlp: ChannelMLP, spatial: Conv, bn: Norm, order: str) -> Gate:
+        if node.cs % DEPTH:
+            raise ValueError(f"an engine of bfloat16 takes no attention on fewer than 17 channels ({node.name})")
+        gate = super()._gate(node, mlp, spatial, bn, order)
+        gate.maps.low = True
+        return gate
+
+    def _spatial(self, folded: Folded) -> int:
+        """For each group and row of the kernel the Toeplitz matrix that takes 32 inputs to 16 outputs; the bias."""
+        matrices = np.zeros((folded.groups, 14, CHANNELS, DEPTH))
+        for out in range(CHANNELS):
+            matrices[:, :, out, out : out + 7] = folded.weight.reshape(folded.groups, 14, 7)
+        offsets = []
+        for group, bias in zip(matrices, folded.bias):
+            runs = group.transpose(1, 0, 2).reshape(CHANNELS, -1)
+            offsets.append(self.weights.add(tiled(runs, CHANNELS)))
+            self.weights.add(np.full(CHANNELS, bias))
+        return offsets[0]
+
+    def bifpn_node(
+        self,
+        inputs: Sequence[Value],
+        resample: Sequence[str],
+        fusion_weight: Tensor,
+        depthwise: Conv,
+        pointwise: Conv | None,
+        bn: Norm,
+        shuffle_groups: int = 1,
+        pool: str = "max",
+        epsilon: float = 1e-4,
+    ) -> Value:
+        inputs = [self._whole(self._low(self.materialised(x))) for x in inputs]
+        return super().bifpn_node(
+            inputs, resample, fusion_weight, depthwise, pointwise, bn, shuffle_groups, pool, epsilon
+        )
+
+    def _separable_folded(self, x: Value, depthwise: Conv, second: Folded, shuffle_groups: int) -> Value:
+        first, order = Folded(depthwise, None), shuffle_order(second.out_channels, shuffle_groups)
+        dense = second.dense()[order, :, 0, 0]
+        weight = dense[:, :, None, None] * first.weight[:, 0]
+        bias = second.bias[order] + dense @ first.bias
+        merged = ConvParams(torch.from_numpy(weight), torch.from_numpy(bias), 1, 1, 1)
+        value = self.conv(x, merged)
+        value.node.name = self._name(depthwise, "bifpn")
+        value.node.macs = first.weight.size + second.weight.size
+        return value
+
+    def ssh_grouped(
+        self, x: Value, convs: Sequence[Conv], bns: Sequence[Norm], shuffle_groups: int = 1
+    ) -> tuple[Value, Value]:
+        if x.order is not None:
+            raise ValueError("an engine takes no context of a shuffled map")
+        pending = x.gate is not None
+        x = self._whole(self._low(self.materialised(x)))
+        x.node.joins = pending
+
+        def conv(source: Value, index: int) -> Value:
+            value = self.conv(source, convs[index], bns[index], "relu")
+            value.node.joins = True
+            return value
+
+        shared = conv(x, 1)
+        parts = [conv(x, 0).node, conv(shared, 2).node, conv(conv(shared, 3), 4).node]
+        channels = sum(part.channels for part in parts)
+        whole = Node("parts", parts[0].name, parts, channels)
+        order = tuple(shuffle_order(channels, shuffle_groups).tolist()) if shuffle_groups > 1 else None
+        return Value(whole, order), x
+
+    def gate_mix(self, x: Value, context: Value, weight: Tensor, bias: Tensor, like: Value) -> Value:
+        return super().gate_mix(x, self._whole(context), weight, bias, like)
+
+    def progressive(self, x: Value, groups: int = 4, steps: int = 3) -> Value:
+        return super().progressive(self._whole(x), groups, steps)
+
+    def add_chunk_mean(self, x: Value, raw: Value, scale: float) -> Value:
+        return super().add_chunk_mean(self._float(x), self._float(raw), scale)
+
+    def add_resized(self, x: Value, others: Sequence[tuple[Value, float]]) -> Value:
+        return super().add_resized(self._float(x), [(self._float(other), scale) for other, scale in others])
+
+    def deform_conv2d(self, x: Value, fields: Value, *layers: Any, **options: Any) -> Value:
+        node = fields.node
+        if node.cs:
+            stored = -(-node.channels // self.lanes) * self.lanes
+            node.cs = 0
+            node.fields |= {"p0": -(-stored // CHANNELS), "p2": last_panel(stored), "p5": 1}
+        return super().deform_conv2d(self._float(x), fields, *layers, **options)
+
+    def concat(self, values: Sequence[Value], activation: str = "none") -> Value:
+        whole = super().concat(values, activation)
+        for value in values:
+            if value.node.low:
+                value.node.cs = 0
+                self._into(value.node, whole.node, value.node.first)
+        return whole
+
+    def multi_head(self, features: Sequence[Value], heads: Sequence[Any]) -> None:
+        whole = [x if head.trunk is not None else self._whole(x) for x, head in zip(features, heads)]
+        super().multi_head(whole, heads)
+
+    def _predictors(self, node: Node, weight: np.ndarray, bias: np.ndarray) -> dict[str, int]:
+        if not node.inputs[0].cs:
+            return super()._predictors(node, weight, bias)
+        node.low = True
+        weight = padded(weight.T, -(-node.inputs[0].cs // DEPTH) * DEPTH).T
+        return {"w0": self.weights.add(tiled(weight, len(weight))), "w1": self.weights.add(bias)}
+
+
+def numbers(channels: int) -> int:
+    """Numbers per pixel of a bfloat16 map: 8, 16 or a multiple of 32."""
+    return next((n for n in (8, 16) if channels <= n), -(-channels // DEPTH) * DEPTH)
+
+
+def last_panel(channels: int) -> int:
+    """Channels of the last panel of 32."""
+    return channels - (-(-channels // (2 * CHANNELS)) - 1) * 2 * CHANNELS
+
+
+def padded(values: np.ndarray, size: int) -> np.ndarray:
+    """Zeros appended along the first axis."""
+    return np.pad(values, [(0, size - len(values)), *[(0, 0)] * (values.ndim - 1)])
+
+
+def tiled(weight: np.ndarray, channels: int) -> np.ndarray:
+    """(O, N), N a multiple of 32 -> ``TileLayer::weights`` for that many output channels."""
+    weight = padded(weight, channels)
+    return panels(weight.reshape(channels // CHANNELS, CHANNELS, -1, DEPTH // 2, 2))
+
+
+def panels(weight: np.ndarray) -> np.ndarray:
+    """(tiles, 16, steps, 16, 2) -> panels of up to two tiles, each (steps, tiles, 16, 16, 2), as bfloat16."""
+    parts = [weight[i : i + 2].transpose(2, 0, 3, 1, 4).reshape(-1) for i in range(0, len(weight), 2)]
+    return rounded(np.concatenate(parts))
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """The bits of the nearest bfloat16, ties to even."""
+    word = values.astype(np.float32).view(np.uint32)
+    return ((word + 0x7FFF + ((word >> 16) & 1)) >> 16).astype(np.uint16)

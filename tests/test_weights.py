@@ -100,10 +100,10 @@ def test_averages_that_cannot_be(saved, tmp_path):
         average_weights([saved, other], tmp_path / "mean.safetensors")
     for files, shares, message in (
         ([saved], None, "at least two"),
-        ([saved, saved], [1.0], "1.0. for 2 files"),
-        ([saved, saved], [0.0, 0.0], "not all 0"),
-        ([saved, saved], [-1.0, 2.0], "not negative"),
-        ([saved, saved], [float("nan"), 2.0], "not negative"),
+        ([saved, saved], [1.0], "each of 2 files"),
+        ([saved, saved], [0.0, 0.0], "none negative"),
+        ([saved, saved], [-1.0, 2.0], "none negative"),
+        ([saved, saved], [float("nan"), 2.0], "none negative"),
     ):
         with pytest.raises(FeatherFaceError, match=message):
             average_weights(files, tmp_path / "mean.safetensors", shares)

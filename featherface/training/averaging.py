@@ -37,9 +37,7 @@ def average_weights(
     if len(files) < 2:
         raise FeatherFaceError("an average needs at least two weights files")
     if len(shares) != len(files) or min(shares) < 0 or not 0 < sum(shares) < float("inf"):
-        raise FeatherFaceError(
-            f"shares are {shares} for {len(files)} files; expected one each, none negative, not all 0"
-        )
+        raise FeatherFaceError(f"shares are {shares}; expected one for each of {len(files)} files, none negative")
     shares = [share / sum(shares) for share in shares]
     names, paths = zip(*(resolve_weights(file, None) for file in files))
     if len(set(names)) > 1:

@@ -9,18 +9,28 @@ import torch
 from torch import Tensor
 
 
-def convert(value: Any, dtype: torch.dtype, device: str | torch.device = "cpu") -> Any:
-    """Nested tuples and lists with every floating tensor converted, detached; leaves that take gradients still do."""
+def convert(
+    value: Any,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Any:
+    """Nested tuples and lists with every floating tensor converted, detached; leaves that take gradients still do.
+
+    ``memory_format`` is that of four-dimensional tensors.
+    """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             return value.to(device)
         kept = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device) if dense(value) else None
         copy = value.detach().to(device, dtype) if kept is None else kept.copy_(value.detach())
+        if value.dim() == 4 and memory_format != torch.preserve_format:
+            copy = copy.contiguous(memory_format=memory_format)
         return copy.requires_grad_(value.requires_grad)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(convert(item, dtype, device) for item in value))
+        return type(value)(*(convert(item, dtype, device, memory_format) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(convert(item, dtype, device) for item in value)
+        return type(value)(convert(item, dtype, device, memory_format) for item in value)
     return value
 
 
@@ -79,12 +89,21 @@ def compare_kernel(
     """Runs ``kernel`` in ``dtype`` and ``reference`` in ``dtype`` and float64 on copies of ``arguments`` (float64), and
     holds outputs to 2x, gradients of every leaf and the state left in other tensors to 3x PyTorch's own error.
 
+    PyTorch's error is the larger one of its two memory formats, which add up in different orders: one sum alone is now
+    and then exact by chance, and no other order can be held to that.
+
     Gradients that cancel out (those of weights in front of a BatchNorm over few values, say: below 1e-2 of the largest
     gradient in exact arithmetic) carry the rounding of what cancels: up to 1e-6 of the largest gradient is allowed.
     """
+    same, channels_last = torch.preserve_format, torch.channels_last
     runs = []
-    for run, kind in ((kernel, dtype), (reference, dtype), (reference, torch.float64)):
-        copies = convert(tuple(arguments), kind, device)
+    for run, kind, form in (
+        (kernel, dtype, same),
+        (reference, dtype, same),
+        (reference, dtype, channels_last),
+        (reference, torch.float64, same),
+    ):
+        copies = convert(tuple(arguments), kind, device, form)
         outputs = tensors(run(*copies))
         leaves = [t for t in tensors(copies) if t.requires_grad]
         state = [t for t in tensors(copies) if not t.requires_grad and t.is_floating_point()]
@@ -95,13 +114,14 @@ def compare_kernel(
             grads = list(torch.autograd.grad(outputs, leaves, weights, allow_unused=True))
         runs.append((outputs, grads, state))
     for part, name, factor in ((0, "output", 2.0), (1, "gradient", 3.0), (2, "state", 3.0)):
-        exact_values = [t for t in runs[2][part] if t is not None]
+        exact_values = [t for t in runs[-1][part] if t is not None]
         largest = max((t.abs().max().item() for t in exact_values if t.numel()), default=0.0)
-        for i, (mine, theirs, exact) in enumerate(zip(*(run[part] for run in runs))):
+        for i, (mine, *theirs, exact) in enumerate(zip(*(run[part] for run in runs))):
             assert (mine is None) == (exact is None), f"{name} {i}: {mine is None=}, {exact is None=}"
             if exact is None:
                 continue
             cancels = part == 1 and exact.numel() and exact.abs().max().item() < 1e-2 * largest
             if cancels and (mine.double() - exact).abs().max().item() <= 1e-6 * largest:
                 continue
-            assert_no_worse(mine, theirs, exact, factor, f"{name} {i}")
+            worse = max(theirs, key=lambda t: (t.double() - exact).abs().sum().item())
+            assert_no_worse(mine, worse, exact, factor, f"{name} {i}")

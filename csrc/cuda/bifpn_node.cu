@@ -83,11 +83,11 @@ __device__ __forceinline__ void resampled(const Input &in, int channels, int ima
     const int row = in.top(y) + k / 3, column = in.left(x) + k % 3;
     const bool inside = row >= 0 && row < in.height && column >= 0 && column < in.width;
     if (!inside && !in.same) continue;
-    Pack values{};
-    if (inside) values = *reinterpret_cast<const Pack *>(source + (int64_t(row) * in.width + column) * channels);
+    const int64_t pixel = inside ? int64_t(row) * in.width + column : 0;
+    const Pack values = *reinterpret_cast<const Pack *>(source + pixel * channels);
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const float v = ff::to_float(values.v[j]);
+      const float v = inside ? ff::to_float(values.v[j]) : 0.0f;
       const bool wins = v > value[j] || v != v;
       if (wins) value[j] = v;
       if (wins || where[j] < 0) where[j] = k;

@@ -73,6 +73,10 @@ namespace py = pybind11;
   X(ff_cuda_conv_input_gradient)            \
   X(ff_cuda_conv_weight_gradient_workspace) \
   X(ff_cuda_conv_weight_gradient)           \
+  X(ff_cuda_deform_conv_forward)            \
+  X(ff_cuda_deform_conv_sample_gradient)    \
+  X(ff_cuda_deform_conv_weight_workspace)   \
+  X(ff_cuda_deform_conv_weight_gradient)    \
   X(ff_cuda_cbam_workspace)                 \
   X(ff_cuda_cbam_maps)                      \
   X(ff_cuda_cbam_apply)                     \

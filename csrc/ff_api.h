@@ -225,6 +225,30 @@ FF_EXPORT int ff_cpu_deform_conv_backward(const void *grad, const void *z, const
                                           int64_t kernel_h, int64_t kernel_w, int64_t stride, int64_t padding,
                                           void *workspace, int dtype, int threads);
 
+// The same on a device, y_stats and y_activation applied to z before it is stored; grad is that of z. sample_gradient
+// with scale NULL: grad_offset, grad_mask, and in largest (int32, 0 before) the bits of the largest float that the
+// gradient of x adds up. With scale: adds the gradient of x, *scale units per 1, to total (batch, height, width, C),
+// int64, and nothing else.
+FF_EXPORT int ff_cuda_deform_conv_forward(const void *x, const void *offset, const void *mask, const void *weight,
+                                          const void *bias, void *z, const void *y_stats, int y_activation,
+                                          double y_slope, int64_t batch, int64_t channels, int64_t height,
+                                          int64_t width, int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
+                                          int64_t stride, int64_t padding, int dtype, void *stream);
+FF_EXPORT int ff_cuda_deform_conv_sample_gradient(const void *grad, const void *x, const void *offset, const void *mask,
+                                                  const void *weight, void *grad_offset, void *grad_mask, void *largest,
+                                                  const double *scale, void *total, int64_t batch, int64_t channels,
+                                                  int64_t height, int64_t width, int64_t out_channels, int64_t kernel_h,
+                                                  int64_t kernel_w, int64_t stride, int64_t padding, int dtype,
+                                                  void *stream);
+FF_EXPORT int64_t ff_cuda_deform_conv_weight_workspace(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                                       int64_t out_channels, int64_t kernel_h, int64_t kernel_w,
+                                                       int64_t stride, int64_t padding);
+FF_EXPORT int ff_cuda_deform_conv_weight_gradient(const void *grad, const void *x, const void *offset, const void *mask,
+                                                  void *grad_weight, int64_t batch, int64_t channels, int64_t height,
+                                                  int64_t width, int64_t out_channels, int64_t kernel_h,
+                                                  int64_t kernel_w, int64_t stride, int64_t padding, void *workspace,
+                                                  int dtype, void *stream);
+
 // The fusion of a BiFPN node, NHWC: v (batch, height, width, C) = sum of w_i * resampled(x_i) over up to three inputs
 // (NULL ends the list) of sizes height_i x width_i, w = relu(fusion_weight) / (sum of relu(fusion_weight (weights,)) +
 // epsilon). resample_i is an ff_resample; `same` pads the maximum with zeros.

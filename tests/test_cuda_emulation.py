@@ -23,6 +23,7 @@ OPS = [
     "cbam_gpu",
     "channel_shuffle",
     "conv_chain_gpu",
+    "deform_conv2d_gpu",
     "detection_gpu",
     "preprocess_gpu",
     "ssh_and_heads_gpu",

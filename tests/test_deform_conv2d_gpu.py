@@ -36,8 +36,7 @@ def test_float32(gpu, case, kind):
 @pytest.mark.parametrize("gpu,dtype", HALVES)
 def test_half_precision(gpu, dtype):
     torch.manual_seed(2)
-    arguments = make("bias", "eval", "silu")
-    compare_kernel(kernel_of(gpu), reference, arguments, dtype, gpu.device, gradients=False)
+    compare_kernel(kernel_of(gpu), reference, make("bias", "eval", "silu"), dtype, gpu.device)
 
 
 @pytest.mark.parametrize("gpu", GPUS)

@@ -192,13 +192,12 @@ __global__ void __launch_bounds__(kThreads)
                          : static_cast<float>(((i < kInputs ? dots[i] : 0.0) - mean) / double(weights.total));
 }
 
-// The gradient of input n. where: (pixels, channels) of the node, this input's.
+// The gradient of in, input n. where: (pixels, channels) of the node, this input's.
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    input_gradient_kernel(Node node, int n, const T *__restrict__ grad, const uint8_t *__restrict__ where,
+    input_gradient_kernel(Node node, Input in, int n, const T *__restrict__ grad, const uint8_t *__restrict__ where,
                           T *__restrict__ out, int64_t packs) {
   using Pack = ff::Pack<T, V>;
-  const Input &in = node.inputs[n];
   const Weights weights(node);
   const float w = n == 0 ? weights.value[0] : n == 1 ? weights.value[1] : weights.value[2];
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
@@ -325,7 +324,7 @@ extern "C" int ff_cuda_bifpn_fuse_backward(const void *x0, const void *x1, const
       const Input &in = node.inputs[n];
       const int64_t count = batch * in.height * in.width * channels / V;
       input_gradient_kernel<T, V><<<ff::blocks_for(count, kThreads, kMostBlocks), kThreads, 0, s>>>(
-          node, n, g, where + n * packs * V, static_cast<T *>(grads[n]), count);
+          node, in, n, g, where + n * packs * V, static_cast<T *>(grads[n]), count);
     }
     return cudaGetLastError();
   });

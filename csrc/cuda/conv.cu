@@ -6,6 +6,7 @@
 // of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes 16 bytes of
 // neighbouring channels of four pixels in a row.
 #include "channels.cuh"
+#include "slices.cuh"
 
 namespace {
 
@@ -192,16 +193,6 @@ __global__ void __launch_bounds__(kPixels)
               out = group * p.group_out() + first_out + i / taps / inputs;
     partial[blockIdx.x * weights + (int64_t(out) * p.group_in() + in) * taps + tap] = sum[n];
   }
-}
-
-template <class T>
-__global__ void sum_weights_kernel(const float *__restrict__ partial, int slices, int64_t weights,
-                                   T *__restrict__ out) {
-  const int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (i >= weights) return;
-  double total = 0;
-  for (int slice = 0; slice < slices; ++slice) total += partial[slice * weights + i];
-  out[i] = ff::from_float<T>(static_cast<float>(total));
 }
 
 // weight: (channels, k, k).
@@ -523,8 +514,6 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
       weight_gradient_kernel<T, 3><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
     else
       weight_gradient_kernel<T, 0><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
-    sum_weights_kernel<T><<<ff::blocks_for(weights, kThreads, INT32_MAX), kThreads, 0, s>>>(
-        partial, static_cast<int>(slices), weights, static_cast<T *>(grad_weight));
-    return cudaGetLastError();
+    return ff::sum_slices(partial, static_cast<int>(slices), weights, static_cast<T *>(grad_weight), s);
   });
 }

@@ -31,6 +31,7 @@ def _supports_triton(request: registry.Request) -> str | None:
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_triton)
 
 

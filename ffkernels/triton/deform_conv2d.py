@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..cpu.conv_chain import link_gradients
+from ..fixed_point import scatter_sum
 from ..ops.conv_chain import Link, nhwc
 from .batch_norm import Source, apply, given_statistics, join_statistics, reduce
 from .blocks import SPLIT, block, power_of_two
@@ -143,7 +144,7 @@ def deform_sample_gradient_kernel(
     grad_offset_ptr,  # like offset
     grad_mask_ptr,  # like mask
     largest_ptr,  # (programs,): the largest summand of the gradient of x
-    scale_ptr,  # (1,) or None: units per 1; with it, the gradient of x is summed and nothing else is written
+    scale_ptr,  # () or None: units per 1; with it, the gradient of x is summed and nothing else is written
     sum_ptr,  # (batch, in_h, in_w, channels), int64, or None
     rows,  # batch * out_h * out_w
     in_h,
@@ -411,13 +412,7 @@ def _sample_gradients(
     run(None, None)
     if not needs_x:
         return [None, grad_offset, grad_mask]
-    # Each of the rows * taps samples adds to four pixels; no sum can pass 2 ** 62. Not finite: NaN everywhere.
-    bound = largest.max().double().clamp(min=1e-30) * (4 * rows * taps)
-    scale = torch.exp2((62 - bound.log2()).floor())
-    scale = torch.where(bound.isfinite(), scale, torch.nan)
-    total = torch.zeros(x.shape, dtype=torch.int64, device=x.device).to(memory_format=torch.channels_last)
-    run(scale, total)
-    return [(total / scale).to(x.dtype), grad_offset, grad_mask]
+    return [scatter_sum(x, largest, 4 * rows * taps, run), grad_offset, grad_mask]
 
 
 def _weight_gradient(behind: Output, x: Tensor, offset: Tensor, mask: Tensor, link: Link) -> Tensor:

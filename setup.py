@@ -2,8 +2,8 @@
 
 PyTorch is not needed to build. Environment: FF_BUILD_CPU=0|1 (default 1), FF_BUILD_CUDA=auto|0|1 (default auto: build
 where nvcc is found), FF_CUDA_ARCHS="80;90" (default by toolkit version), FF_INSTRUCTION_SETS="avx2" (of the processor,
-beside generic; default: all), FF_OPENMP=1|0 (default: where the compiler has it; 0 takes std::thread), FF_NVCC, CXX,
-CXXFLAGS, MAX_JOBS.
+beside generic; default: all), FF_OPENMP=1|0 (default: where the compiler has it; 0 takes std::thread), FF_NVCC,
+NVCCFLAGS, CXX, CXXFLAGS, MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -288,7 +288,8 @@ class BuildNative(build_ext):
         if cuda.reason:
             return {"reason": cuda.reason}
         (work / "cuda").mkdir(exist_ok=True)
-        flags = [*NVCCFLAGS, *cuda.gencode(), f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
+        extra = shlex.split(os.environ.get("NVCCFLAGS", ""))
+        flags = [*NVCCFLAGS, *extra, *cuda.gencode(), f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
         objects = [
             ninja.compile([cuda.nvcc, *flags], s, work / "cuda" / f"{s.stem}.o", f"{s.name} [{','.join(cuda.archs)}]")
             for s in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -297,7 +298,7 @@ class BuildNative(build_ext):
         ninja.link([cuda.nvcc], objects, package / "lib" / "libffcuda.so", link, "libffcuda.so")
         return {
             "compiler": f"nvcc {'.'.join(map(str, cuda.version))}",
-            "flags": " ".join(NVCCFLAGS),
+            "flags": " ".join([*NVCCFLAGS, *extra]),
             "architectures": list(cuda.archs),
         }
 

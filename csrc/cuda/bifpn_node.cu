@@ -192,9 +192,10 @@ __global__ void __launch_bounds__(kThreads)
                          : static_cast<float>(((i < kInputs ? dots[i] : 0.0) - mean) / double(weights.total));
 }
 
+// The second launch bound: without it the compiler spills a register or two to reach a higher occupancy.
 // The gradient of in, input n. where: (pixels, channels) of the node, this input's.
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     input_gradient_kernel(Node node, Input in, int n, const T *__restrict__ grad, const uint8_t *__restrict__ where,
                           T *__restrict__ out, int64_t packs) {
   using Pack = ff::Pack<T, V>;

@@ -9,9 +9,9 @@
 
 namespace ff {
 
-// Not inlined: it would be in every kernel as often as these unroll their loops over channels.
-static __device__ __attribute__((noinline)) float silu(float v) { return v / (1 + expf(-v)); }
+__device__ __forceinline__ float silu(float v) { return v / (1 + expf(-v)); }
 
+// Not inlined: it would be in every kernel as often as these unroll their loops over channels.
 static __device__ __attribute__((noinline)) float silu_gradient(float grad, float v) {
   const float s = 1 / (1 + expf(-v));
   return grad * (s * (1 + v * (1 - s)));

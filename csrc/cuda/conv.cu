@@ -284,10 +284,11 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Pack *>(grad_x + pixel * p.channels + c) = values;
 }
 
+// The second launch bound: without it the compiler spills a register or two to reach a higher occupancy.
 // partial: (slices, channels, k, k). A block takes kLanes channels, one slice of the output's pixels, and all taps of a
 // 3x3 kernel or (K = 0) the one tap blockIdx.z.
 template <class T, int K>
-__global__ void __launch_bounds__(kLanes *kRows)
+__global__ void __launch_bounds__(kLanes *kRows, 3)
     depthwise_weight_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
                                      float *__restrict__ partial) {
   constexpr int kSide = K > 0 ? K : 1;

@@ -1,31 +1,15 @@
 import torch
 from torch import Tensor
 
+from ..cpu.detection import decode_with, detect_with
 from ..native import DTYPES, check, module
 from . import on_device, stream
 
 
 def decode(bbox: Tensor, landmarks: Tensor, priors: Tensor, variances: tuple[float, float]) -> tuple[Tensor, Tensor]:
     native, _ = module()
-    bbox, landmarks, priors = bbox.contiguous(), landmarks.contiguous(), priors.contiguous()
-    boxes, points = torch.empty_like(bbox), torch.empty_like(landmarks)
-    anchors = priors.shape[0]
     with on_device(bbox):
-        code = native.ff_cuda_decode(
-            bbox.data_ptr(),
-            landmarks.data_ptr(),
-            priors.data_ptr(),
-            boxes.data_ptr(),
-            points.data_ptr(),
-            bbox.numel() // (4 * anchors) if anchors else 0,
-            anchors,
-            landmarks.shape[-1],
-            *variances,
-            DTYPES[bbox.dtype],
-            stream(bbox),
-        )
-    check(code, "decode", bbox, landmarks, priors)
-    return boxes, points
+        return decode_with(native.ff_cuda_decode, (stream(bbox),), bbox, landmarks, priors, variances)
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> tuple[Tensor, Tensor]:
@@ -66,35 +50,16 @@ def detect(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rows of boxes, scores and points, of which the first ``count`` count; ``count`` stays on the device."""
     native, _ = module()
-    bbox, landmarks, priors = bbox.contiguous(), landmarks.contiguous(), priors.contiguous()
-    anchors = bbox.shape[0]
-    top_k = min(top_k, anchors)
-    kept = min(keep_top_k, top_k)
-    boxes, kept_scores = bbox.new_empty(kept, 4), bbox.new_empty(kept)
-    points = bbox.new_empty(kept, landmarks.shape[1])
-    count = bbox.new_empty((), dtype=torch.int64)
-    workspace = bbox.new_empty(native.ff_cuda_detection_workspace(anchors, top_k), dtype=torch.uint8)
-    with on_device(bbox):
+
+    def run(arguments: list[float], anchors: int, top_k: int, kept: int) -> Tensor:
+        count = bbox.new_empty((), dtype=torch.int64)
+        workspace = bbox.new_empty(native.ff_cuda_detection_workspace(anchors, top_k), dtype=torch.uint8)
         code = native.ff_cuda_detect(
-            bbox.data_ptr(),
-            scores.data_ptr(),
-            scores.stride(0),
-            landmarks.data_ptr(),
-            priors.data_ptr(),
-            anchors,
-            landmarks.shape[1],
-            score_threshold,
-            nms_threshold,
-            top_k,
-            kept,
-            *variances,
-            boxes.data_ptr(),
-            kept_scores.data_ptr(),
-            points.data_ptr(),
-            count.data_ptr(),
-            workspace.data_ptr(),
-            DTYPES[bbox.dtype],
-            stream(bbox),
+            *arguments, count.data_ptr(), workspace.data_ptr(), DTYPES[bbox.dtype], stream(bbox)
         )
-    check(code, "detect", bbox, scores, landmarks, priors)
-    return boxes, kept_scores, points, count
+        check(code, "detect", bbox, scores, landmarks, priors)
+        return count
+
+    thresholds = score_threshold, nms_threshold
+    with on_device(bbox):
+        return detect_with(run, bbox, scores, landmarks, priors, thresholds, top_k, keep_top_k, variances)

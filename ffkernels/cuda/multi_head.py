@@ -2,38 +2,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..native import DTYPES, check, module
+from ..cpu.multi_head import gather_with, scatter_with
+from ..native import module
 from . import on_device, stream
-from .conv_chain import empty_nhwc, pointer
 
 
 def scatter(maps: Sequence[Tensor], softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
     """NHWC maps (B, A * 16, H, W) of all levels -> bbox (B, N, 4), cls (B, N, 2), landmarks (B, N, 10)."""
     native, _ = module()
-    batch = maps[0].shape[0]
-    rows = sum(z.shape[1] // 16 * z.shape[2] * z.shape[3] for z in maps)
-    bbox, cls, landmarks = (maps[0].new_empty((batch, rows, k)) for k in (4, 2, 10))
-    first = 0
     with on_device(maps[0]):
-        for z in maps:
-            anchors, pixels = z.shape[1] // 16, z.shape[2] * z.shape[3]
-            code = native.ff_cuda_multi_head_scatter(
-                z.data_ptr(),
-                batch,
-                pixels,
-                anchors,
-                softmax,
-                bbox.data_ptr(),
-                cls.data_ptr(),
-                landmarks.data_ptr(),
-                first,
-                rows,
-                DTYPES[z.dtype],
-                stream(z),
-            )
-            check(code, "multi_head", z)
-            first += anchors * pixels
-    return bbox, cls, landmarks
+        return scatter_with(native.ff_cuda_multi_head_scatter, stream(maps[0]), maps, softmax)
 
 
 def gather(
@@ -42,24 +20,5 @@ def gather(
     """Gradients of the maps of ``shapes`` from those of bbox, cls and landmarks; None is zero."""
     native, _ = module()
     like = next(g for g in grads if g is not None)
-    rows, first, maps = like.shape[1], 0, []
     with on_device(like):
-        for shape in shapes:
-            z = empty_nhwc(tuple(shape), like)
-            anchors, pixels = shape[1] // 16, shape[2] * shape[3]
-            code = native.ff_cuda_multi_head_gather(
-                *(pointer(g) for g in grads),
-                pointer(probabilities),
-                shape[0],
-                pixels,
-                anchors,
-                z.data_ptr(),
-                first,
-                rows,
-                DTYPES[z.dtype],
-                stream(z),
-            )
-            check(code, "multi_head backward", z)
-            first += anchors * pixels
-            maps.append(z)
-    return maps
+        return gather_with(native.ff_cuda_multi_head_gather, stream(like), grads, probabilities, shapes)

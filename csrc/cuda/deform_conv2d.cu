@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads)
 // grid: (tiles, taps). largest: the largest summand of the gradient of x, a float that is not negative, as its bits.
 // Scatter: only adds the gradient of x to total (batch, height, width, channels), *scale units per 1.
 template <class T, bool Scatter>
-__global__ void __launch_bounds__(kThreads, 6)
+__global__ void __launch_bounds__(kThreads, 4)
     sample_gradient_kernel(Shape s, const T *__restrict__ grad, const T *__restrict__ x, const T *__restrict__ offset,
                            const T *__restrict__ mask, const T *__restrict__ weight, T *__restrict__ grad_offset,
                            T *__restrict__ grad_mask, int *__restrict__ largest, const double *__restrict__ scale,

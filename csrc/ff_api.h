@@ -353,6 +353,13 @@ FF_EXPORT int ff_cuda_seam_split(const void *grad, const void *z0, int64_t chann
                                  int64_t channels2, const void *stats2, int activation, int64_t pixels, int64_t groups,
                                  void *g0, void *g1, void *g2, int dtype, void *stream);
 
+// The SSH block of evaluation mode in one kernel, NHWC: y of layers (5, 8) and eps (5,), both in host memory. A layer
+// is the addresses of weight, bias, bn_weight, bn_bias, mean and variance (0: none), output channels, groups.
+// FF_OUT_OF_MEMORY where a tile needs more shared memory than a block has.
+FF_EXPORT int ff_cuda_ssh_grouped_eval(const void *x, const int64_t *layers, const double *eps, void *y, int64_t batch,
+                                       int64_t channels, int64_t height, int64_t width, int64_t shuffle_groups,
+                                       int dtype, void *stream);
+
 // As ff_cpu_multi_head_*, on a device.
 FF_EXPORT int ff_cuda_multi_head_scatter(const void *z, int64_t batch, int64_t pixels, int64_t anchors, int softmax,
                                          void *bbox, void *cls, void *landmarks, int64_t first_row, int64_t rows,

@@ -993,6 +993,19 @@ def ff_cuda_seam_split(
     dtype: int,
     stream: int,
 ) -> int: ...
+def ff_cuda_ssh_grouped_eval(
+    x: int,
+    layers: int,
+    eps: int,
+    y: int,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    shuffle_groups: int,
+    dtype: int,
+    stream: int,
+) -> int: ...
 def ff_cuda_multi_head_scatter(
     z: int,
     batch: int,

@@ -15,6 +15,8 @@ FOLDER = Path(__file__).parent
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """``ff_dtype`` of csrc/ff_api.h."""
+OUT_OF_MEMORY = -3
+"""Of ``ff_error`` in csrc/ff_api.h."""
 NCHW, NHWC = 0, 1
 """``ff_layout`` of csrc/ff_api.h."""
 
@@ -54,6 +56,8 @@ def check(code: int, op: str, *tensors: torch.Tensor) -> None:
         native, _ = module()
         reason = f"CUDA error {code}: {native.ff_cuda_error_string(code)}" if native else f"CUDA error {code}"
     else:
-        reason = {-1: "unsupported dtype", -2: "bad argument", -3: "out of memory"}.get(code, f"error {code}")
+        reason = {-1: "unsupported dtype", -2: "bad argument", OUT_OF_MEMORY: "out of memory"}.get(
+            code, f"error {code}"
+        )
     shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)} on {t.device}" for t in tensors)
     raise RuntimeError(f"ffkernels.{op}: {reason} ({shapes})")

@@ -15,22 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import measurements
 from .config import Policy, triton_interpreter
 
 log = logging.getLogger("ffkernels")
 
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
-"""Backends by device type, best first. Triton on CPU tensors (the interpreter) is for tests: only when forced."""
+"""Backends by device type, best first where :mod:`ffkernels.measurements` does not know better. Triton on CPU tensors
+(the interpreter) is for tests: only when forced."""
 
 
 class Request(NamedTuple):
-    """One call as an implementation's ``supports`` sees it."""
+    """One call as an implementation's ``supports`` sees it; ``size`` as in :func:`measurements.size_of`."""
 
     device_type: str
     dtype: torch.dtype
     needs_grad: bool
     channels_last: bool
     facts: dict[str, Any]
+    size: int = 0
 
 
 class Selection(NamedTuple):
@@ -137,6 +140,8 @@ def _resolve(op: str, policy: Policy, request: Request) -> Selection:
     candidates: tuple[str, ...]
     if policy.backend == "auto":
         candidates = PREFERENCE.get(request.device_type, ())
+        if request.size:
+            candidates = measurements.order(op, request.dtype, request.size, candidates)
     elif policy.backend == "reference":
         candidates = ()
     else:
@@ -166,8 +171,8 @@ def explain(op: str, policy: Policy, request: Request) -> Selection:
 
 @torch.compiler.assume_constant_result
 def _constant_explain(op: str, mode: str, backend: str, *request: Any) -> tuple[str, str]:
-    *head, facts = request
-    selection = explain(op, Policy(mode, backend), Request(*head, dict(facts)))
+    *head, facts, size = request
+    selection = explain(op, Policy(mode, backend), Request(*head, dict(facts), size))
     return selection.backend, selection.reason
 
 
@@ -180,7 +185,8 @@ def select(op: str, x: Tensor, policy: Policy, needs_grad: bool = False, **facts
     if policy.mode == "0" and _recorder is None:
         return "reference"
     channels_last = not x.is_contiguous() and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    call = (x.device.type, x.dtype, needs_grad, channels_last, tuple(facts.items()))
+    size = measurements.size_of(op, x, needs_grad)
+    call = (x.device.type, x.dtype, needs_grad, channels_last, tuple(facts.items()), size)
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():
             return _checked(op, x, policy, "reference", "ONNX export")
@@ -192,7 +198,7 @@ def select(op: str, x: Tensor, policy: Policy, needs_grad: bool = False, **facts
     key = (op, policy, call)
     selection = _cache.get(key)
     if selection is None:
-        selection = _cache[key] = explain(op, policy, Request(*call[:4], facts))
+        selection = _cache[key] = explain(op, policy, Request(*call[:4], facts, size))
         _log_fallback(op, policy, selection)
     if _recorder is not None:
         _recorder.append((op, selection))

@@ -285,7 +285,8 @@ def copy_bandwidth() -> dict[str, Any]:
 
 
 def layer_table() -> list[tuple[str, str, Callable[..., Callable[[Any], object]]]]:
-    """(op, layer, make(batch, dtype, device) -> (run(policy), bytes that must move, FLOP)) at 640x640."""
+    """(op, layer, make(batch, dtype, device) -> (run(policy), elements of x, bytes that must move, FLOP))
+    at 640x640."""
     import torch
 
     import ffkernels
@@ -307,7 +308,7 @@ def layer_table() -> list[tuple[str, str, Callable[..., Callable[[Any], object]]
     def shuffle(size):
         def make(batch, dtype, device):
             x = feature(batch, 32, size, dtype, device)
-            return lambda policy: ffkernels.channel_shuffle(x, 4, policy=policy), 2 * x.nbytes, 0
+            return lambda policy: ffkernels.channel_shuffle(x, 4, policy=policy), x.numel(), 2 * x.nbytes, 0
 
         return make
 
@@ -323,7 +324,7 @@ def layer_table() -> list[tuple[str, str, Callable[..., Callable[[Any], object]]
             def run(policy):
                 return ffkernels.depthwise_separable(x, depthwise, norms[0], pointwise, norms[1], policy=policy)
 
-            return run, moved, 2 * pixels * channels * (9 + out)
+            return run, x.numel(), moved, 2 * pixels * channels * (9 + out)
 
         return make
 
@@ -333,7 +334,7 @@ def layer_table() -> list[tuple[str, str, Callable[..., Callable[[Any], object]]
             params, bn = conv(out, channels // groups, 3, dtype, device, groups), norm(out, dtype, device)
             moved = x.nbytes * (channels + out) // channels
             run = lambda policy: ffkernels.grouped_conv_bn_act(x, params, bn, "relu", policy=policy)  # noqa: E731
-            return run, moved, 2 * batch * size * size * out * channels // groups * 9
+            return run, x.numel(), moved, 2 * batch * size * size * out * channels // groups * 9
 
         return make
 
@@ -344,7 +345,8 @@ def layer_table() -> list[tuple[str, str, Callable[..., Callable[[Any], object]]
             convs = [conv(out, per_group, 3, dtype, device, 4) for out, per_group in widths]
             bns = [norm(out, dtype, device) for out, _ in widths]
             flops = sum(2 * batch * size * size * out * per_group * 9 for out, per_group in widths)
-            return lambda policy: ffkernels.ssh_grouped(x, convs, bns, 4, policy=policy), 2 * x.nbytes, flops
+            run = lambda policy: ffkernels.ssh_grouped(x, convs, bns, 4, policy=policy)  # noqa: E731
+            return run, x.numel(), 2 * x.nbytes, flops
 
         return make
 
@@ -375,17 +377,31 @@ def op_items() -> Iterator[Item]:
                     policy = Policy("0") if backend == "eager" else Policy("require", backend)
 
                     def measure(left, make=make, batch=batch, dtype=dtype, policy=policy):
-                        run, moved, flops = make(batch, dtype, "cuda")
+                        run, elements, moved, flops = make(batch, dtype, "cuda")
                         with torch.no_grad():
                             graph = in_graph(lambda: run(policy))
                             ms = milliseconds(graph)
                         return {
                             "ms": round(ms, 5),
+                            "elements": elements,
                             "GB/s": round(moved / ms / 1e6),
                             "TFLOP/s": round(flops / ms / 1e9, 2),
                         }
 
                     yield f"{op}, {layer}, batch {batch}, {str(dtype)[6:]}, {backend}", measure
+
+
+def preference_table(record: dict[str, Any]) -> dict[str, Any]:
+    """What ffkernels/measurements.json holds, from the record of the stage ops."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, result in record["items"].items():
+        case, _, backend = name.rpartition(", ")
+        if not result["ok"] or backend not in ("cuda", "triton"):
+            continue
+        op, dtype = case.split(", ")[0], case.split(", ")[-1]
+        row = rows.setdefault(case, {"op": op, "dtype": dtype, "elements": result["elements"], "ms": {}})
+        row["ms"][backend] = result["ms"]
+    return {"measured": record["environment"], "rows": [row for row in rows.values() if len(row["ms"]) > 1]}
 
 
 def model_items() -> Iterator[Item]:
@@ -474,6 +490,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", required=True, choices=STAGES)
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs recorded")
     parser.add_argument("--limit", type=float, default=570, help="seconds; what is left goes on at the next start")
+    parser.add_argument(
+        "--table", action="store_true", help="stage ops: then write ffkernels/measurements.json, by which ops choose"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args(arguments)
     try:
@@ -490,7 +509,11 @@ def main(arguments: list[str] | None = None) -> int:
         write(path, json.dumps(record, indent=1) + "\n")
         write(options.out / "gpu_summary.md", summary(options.out))
 
-    return run_stage(list(ITEMS[options.stage]()), record, save, options.limit)
+    code = run_stage(list(ITEMS[options.stage]()), record, save, options.limit)
+    if options.table and options.stage == "ops" and code == 0:
+        table = preference_table(record)
+        write(ROOT / "ffkernels" / "measurements.json", json.dumps(table, indent=1) + "\n")
+    return code
 
 
 if __name__ == "__main__":

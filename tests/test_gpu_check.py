@@ -66,14 +66,30 @@ def test_every_stage_lists_its_items(monkeypatch):
 
 def test_the_layer_table_runs():
     for op, layer, make in gpu_check.layer_table():
-        run, moved, flops = make(1, torch.float32, "cpu")
-        assert run(gpu_check_policy()).shape[0] == 1 and moved > 0 and flops >= 0, (op, layer)
+        run, elements, moved, flops = make(1, torch.float32, "cpu")
+        assert run(gpu_check_policy()).shape[0] == 1 and elements > 0 and moved > 0 and flops >= 0, (op, layer)
 
 
 def gpu_check_policy():
     from ffkernels import Policy
 
     return Policy("0")
+
+
+def test_the_preference_table():
+    """Layers that both backends served, and the registry's choice by them."""
+    case, half = "cbam, 32 channels, batch 1, float32", "cbam, 32 channels, batch 1, float16"
+    items = {
+        "copy": {"ok": True, "GB/s": 1},
+        f"{case}, eager": {"ok": True, "ms": 9.0, "elements": 4096},
+        f"{case}, cuda": {"ok": True, "ms": 2.0, "elements": 4096},
+        f"{case}, triton": {"ok": True, "ms": 1.0, "elements": 4096},
+        f"{half}, cuda": {"ok": True, "ms": 2.0, "elements": 4096},
+        f"{half}, triton": {"ok": False, "error": "no"},
+    }
+    table = gpu_check.preference_table({"environment": WHERE, "items": items})
+    row = {"op": "cbam", "dtype": "float32", "elements": 4096, "ms": {"cuda": 2.0, "triton": 1.0}}
+    assert table == {"measured": WHERE, "rows": [row]}
 
 
 def test_pytest_counts():

@@ -8,6 +8,7 @@ from layers import leaves, one_sided, tensor
 from test_ssh_and_heads_cpu import head, ssh_params
 
 import ffkernels
+import ffkernels.cuda.ssh_grouped as cuda_ssh
 from ffkernels.reference.multi_head import multi_head as heads_reference
 from ffkernels.reference.ssh_grouped import ssh_grouped as ssh_reference
 
@@ -49,6 +50,40 @@ def test_ssh_half_precision(gpu, dtype):
     convs, bns = ssh_params(8, 16, 4, False)
     arguments = tensor(2, 8, 5, 4), convs, [one_sided(bn) for bn in bns]
     compare_kernel(ssh(gpu, 4), lambda *values: ssh_reference(*values, 4), arguments, dtype, gpu.device)
+
+
+@pytest.mark.parametrize("gpu,dtype", [p for p in backend_dtypes("ssh_grouped") if p.values[0].name != "cpu"])
+@pytest.mark.parametrize(
+    "channels,out,groups,shuffle,size,bias",
+    [(32, 32, 4, 4, (9, 18), False), (12, 16, 4, 2, (5, 9), True), (6, 12, 1, 1, (1, 7), False)],
+)
+def test_ssh_evaluation(gpu, dtype, channels, out, groups, shuffle, size, bias):
+    """Without gradients; the first image is larger than a tile."""
+    torch.manual_seed(7)
+    arguments = tensor(2, channels, *size), *ssh_params(channels, out, groups, False, bias)
+    with torch.no_grad():
+        compare_kernel(
+            ssh(gpu, shuffle), lambda *values: ssh_reference(*values, shuffle), arguments, dtype, gpu.device, False
+        )
+
+
+@pytest.mark.parametrize("gpu", [p for p in SSH if p.values[0].name == "cuda"])
+def test_ssh_evaluation_is_one_kernel(gpu, monkeypatch):
+    """Where a tile fits in shared memory; NaN spreads as in the reference; without affine parameters."""
+    torch.manual_seed(8)
+    forward = cuda_ssh.conv_forward
+    calls = []
+    monkeypatch.setattr(cuda_ssh, "conv_forward", lambda *a: calls.append(a) or forward(*a))
+    for channels, composed in ((8, False), (128, True)):
+        convs, bns = convert(ssh_params(channels, 8, 4, False), torch.float32, gpu.device)
+        bns = [bn._replace(weight=None, bias=None) for bn in bns]
+        x = torch.randn(1, channels, 5, 12, device=gpu.device)
+        x[0, 0, 1, 1] = float("nan")
+        calls.clear()
+        with torch.no_grad():
+            y, expected = ssh(gpu, 4)(x, convs, bns), ssh_reference(x, convs, bns, 4)
+        assert bool(calls) == composed
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("gpu", SSH)

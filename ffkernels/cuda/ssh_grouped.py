@@ -1,13 +1,17 @@
-"""The SSH block on a CUDA device: five convolutions and two seams (csrc/cuda/ssh_grouped.cu)."""
+"""The SSH block on a CUDA device: one kernel in evaluation mode (csrc/cuda/ssh_block.cu), else five convolutions and
+two seams (csrc/cuda/ssh_grouped.cu)."""
 
 from __future__ import annotations
+
+from array import array
 
 from torch import Tensor
 
 from ..cpu.conv_chain import link_gradients
+from ..native import DTYPES, OUT_OF_MEMORY, check, module
 from ..ops.checks import ACTIVATIONS
 from ..ops.conv_chain import Link, nhwc
-from . import on_device
+from . import on_device, stream
 from .conv_chain import (
     Source,
     batch_norm_backward,
@@ -16,7 +20,9 @@ from .conv_chain import (
     conv_forward,
     conv_input_gradient,
     conv_weight_gradient,
+    empty_nhwc,
     given_statistics,
+    pointer,
 )
 from .seam import join, split
 
@@ -32,6 +38,8 @@ def forward(
     """The output (NHWC), ``stats`` of the five layers, and with ``save`` their raw outputs."""
     with on_device(x):
         x = nhwc(x)
+        if not save and (y := whole_block(x, links, shuffle_groups)) is not None:
+            return y, [None] * len(links), []
         sources: list[Source] = []
         all_stats: list[Tensor | None] = []
         for link, index in zip(links, INPUTS):
@@ -46,6 +54,32 @@ def forward(
             sources.append(Source(z) if at_once else Source(z, stats, RELU))
         y = join([sources[i] for i in OUTPUTS], shuffle_groups)
         return y, all_stats, [s.x for s in sources] if save else []
+
+
+def whole_block(x: Tensor, links: list[Link], shuffle_groups: int) -> Tensor | None:
+    """The output by the kernel of evaluation mode; None where it does not serve the block."""
+    if not all(link.given_statistics for link in links):
+        return None
+    native, _ = module()
+    layers = array("q")
+    for link in links:
+        layers.extend([*(pointer(t) for t in link[:6]), link.weight.shape[0], link.groups])
+    eps = array("d", [link.eps for link in links])
+    y = empty_nhwc((x.shape[0], sum(links[i].weight.shape[0] for i in OUTPUTS), *x.shape[2:]), x)
+    code = native.ff_cuda_ssh_grouped_eval(
+        x.data_ptr(),
+        layers.buffer_info()[0],
+        eps.buffer_info()[0],
+        y.data_ptr(),
+        *x.shape,
+        shuffle_groups,
+        DTYPES[x.dtype],
+        stream(x),
+    )
+    if code == OUT_OF_MEMORY:
+        return None
+    check(code, "ssh_grouped", x, *(link.weight for link in links))
+    return y
 
 
 def backward(

@@ -1,0 +1,40 @@
+"""Which GPU backend serves an op faster: measurements.json, written by ``scripts/gpu_check.py --stage ops --table``.
+
+A row is one layer without gradients: ``{"op", "dtype", "elements": of x, "ms": {backend: median}}``; ``measured`` says
+where and when. Without a row for an op and dtype, :data:`ffkernels.registry.PREFERENCE` decides.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TABLE = Path(__file__).with_name("measurements.json")
+
+
+@functools.cache
+def rows() -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(TABLE.read_text())["rows"])
+
+
+def rows_of(op: str, dtype: torch.dtype) -> list[dict[str, Any]]:
+    name = str(dtype).removeprefix("torch.")
+    return [row for row in rows() if row["op"] == op and row["dtype"] == name]
+
+
+def size_of(op: str, x: Tensor, needs_grad: bool) -> int:
+    """The size by which the table chooses for a call, in powers of two; 0 where the table has nothing to say."""
+    if needs_grad or not x.is_cuda or not rows_of(op, x.dtype):
+        return 0
+    return int(x.numel()).bit_length()
+
+
+def order(op: str, dtype: torch.dtype, size: int, backends: tuple[str, ...]) -> tuple[str, ...]:
+    """``backends``, fastest first in the row of the nearest size; those that the row does not have come last."""
+    row = min(rows_of(op, dtype), key=lambda row: abs(row["elements"].bit_length() - size))
+    return tuple(sorted(backends, key=lambda backend: row["ms"].get(backend, float("inf"))))

@@ -58,7 +58,9 @@ def test_ssh_half_precision(gpu, dtype):
     [(32, 32, 4, 4, (9, 18), False), (12, 16, 4, 2, (5, 9), True), (6, 12, 1, 1, (1, 7), False)],
 )
 def test_ssh_evaluation(gpu, dtype, channels, out, groups, shuffle, size, bias):
-    """Without gradients; the first image is larger than a tile."""
+    """Without gradients; the first image is larger than a tile of the CUDA kernel."""
+    if gpu.name == "triton":  # tiles nothing here, and programs of the interpreter are slow
+        size = min(size, (3, 5))
     torch.manual_seed(7)
     arguments = tensor(2, channels, *size), *ssh_params(channels, out, groups, False, bias)
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
     python benchmarks/training_step.py --model featherface_v2 --batch 8 --size 320 --threads 1 2 --output steps.json
 
-A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True). Variants
+A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True); with
+``--evaluation``, it is the forward pass in evaluation mode. ``--append`` adds the run to those that the output holds. Variants
 run in one process, interleaved, and the medians are printed with their ratios to eager. Memory is the peak resident
 size of a fresh process after its third step, less its size before the first. A variant whose fresh process dies (the
 backward graph that PyTorch 2.13's inductor makes of the NCHW model crashes) is reported, and left out.
@@ -17,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -44,13 +45,21 @@ def build(variant: str, name: str, batch: int, size: int) -> tuple[nn.Module, Ca
     return model, torch.compile(model) if variant.startswith("compile") else model, x
 
 
-def make_step(variant: str, name: str, batch: int, size: int) -> Callable[[], float]:
+def loss_of(outputs: Sequence[Tensor]) -> Tensor:
+    return sum(output.square().mean() for output in outputs)
+
+
+def make_step(variant: str, name: str, batch: int, size: int, evaluation: bool = False) -> Callable[[], object]:
+    """A function that makes one step and returns its loss, or that evaluates the model and returns its outputs."""
     model, call, x = build(variant, name, batch, size)
+    if evaluation:
+        model.eval()
+        return torch.no_grad()(lambda: call(x))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = sum(output.square().mean() for output in call(x))
+        loss = loss_of(call(x))
         loss.backward()
         optimizer.step()
         return loss.item()
@@ -86,8 +95,10 @@ def measure_memory(variant: str, arguments: argparse.Namespace, threads: int) ->
 
 
 def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    steps = {v: make_step(v, arguments.model, arguments.batch, arguments.size) for v in variants}
+    steps = {v: make_step(v, arguments.model, arguments.batch, arguments.size, arguments.evaluation) for v in variants}
     losses = {v: step() for v, step in steps.items()}
+    if arguments.evaluation:
+        losses = {v: loss_of(outputs).item() for v, outputs in losses.items()}
     worst = max(abs(loss / losses["eager"] - 1) for loss in losses.values())
     if worst > 1e-3:
         sys.exit(f"the variants do not agree: first losses {losses}")
@@ -111,7 +122,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="steps per variant (default: 11)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
+    parser.add_argument("--evaluation", action="store_true", help="time the forward pass in evaluation mode")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--append", action="store_true", help="keep the runs that the output file holds")
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -126,7 +139,7 @@ def main() -> None:
         memories = {
             v: measure_memory(v, arguments, threads)
             for v in variants
-            if not arguments.no_memory or v.startswith("compile")
+            if not (arguments.no_memory or arguments.evaluation) or v == "compile"
         }
         for variant, reason in memories.items():
             if isinstance(reason, str):
@@ -143,7 +156,7 @@ def main() -> None:
                 "least_ms": min(values),
                 "speedup": eager / median,
             }
-            if not arguments.no_memory:
+            if not (arguments.no_memory or arguments.evaluation):
                 row["peak_mib"] = memories[variant]
             rows.append(row)
             memory = f"  {row['peak_mib']:7.0f} MiB" if "peak_mib" in row else ""
@@ -156,10 +169,12 @@ def main() -> None:
             "batch": arguments.batch,
             "size": arguments.size,
             "rounds": arguments.rounds,
+            "evaluation": arguments.evaluation,
         }
+        runs = json.loads(arguments.output.read_text())["runs"] if arguments.append else []
+        runs.append({"setting": setting, "rows": rows, "ops": report, "machine": info()})
         with atomic_write(arguments.output) as path:
-            text = json.dumps({"setting": setting, "rows": rows, "ops": report, "machine": info()}, indent=1)
-            path.write_text(text + "\n")
+            path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

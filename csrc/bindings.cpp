@@ -29,6 +29,7 @@ namespace py = pybind11;
   X(ff_cpu_preprocess)              \
   X(ff_cpu_batch_norm_coefficients) \
   X(ff_cpu_batch_norm_gradients)    \
+  X(ff_cpu_batch_norm_update)       \
   X(ff_cpu_batch_norm_workspace)    \
   X(ff_cpu_batch_norm_apply)        \
   X(ff_cpu_batch_norm_reduce)       \

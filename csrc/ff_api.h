@@ -91,6 +91,9 @@ FF_EXPORT int ff_cpu_batch_norm_coefficients(const void *mean, const void *var, 
 // *_row elements apart; either may be NULL.
 FF_EXPORT int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row, const void *stats, int64_t stats_row,
                                           double eps, int64_t channels, void *grad_weight, void *grad_bias, int dtype);
+// running += momentum * (batch - running), for the mean and for correction * var.
+FF_EXPORT int ff_cpu_batch_norm_update(const void *mean, const void *var, double correction, double momentum,
+                                       void *running_mean, void *running_var, int64_t channels, int dtype);
 FF_EXPORT int64_t ff_cpu_batch_norm_workspace(int64_t channels, int dtype, int threads);
 // y = activation((z - mean) * scale + shift); y may be z.
 FF_EXPORT int ff_cpu_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,

@@ -93,6 +93,16 @@ def ff_cpu_batch_norm_gradients(
     grad_bias: int,
     dtype: int,
 ) -> int: ...
+def ff_cpu_batch_norm_update(
+    mean: int,
+    var: int,
+    correction: float,
+    momentum: float,
+    running_mean: int,
+    running_var: int,
+    channels: int,
+    dtype: int,
+) -> int: ...
 def ff_cpu_batch_norm_workspace(
     channels: int,
     dtype: int,

@@ -60,13 +60,31 @@ def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, in
     tracked = [use for use in uses if use[0].running_mean is not None]
     if not tracked:
         return
+    if not torch.compiler.is_compiling() and all(_native(bn, mean) for bn, mean, *_ in tracked):
+        from . import cpu
+
+        if cpu.unavailable() is None:
+            from .cpu.conv import batch_norm_update
+
+            batch_norm_update(tracked)
+            return
     with torch.no_grad():
         for momentum in dict.fromkeys(bn.momentum for bn, *_ in tracked):
             group = [use for use in tracked if use[0].momentum == momentum]
             var = torch._foreach_mul([v for _, _, v, _ in group], [n / (n - 1) for *_, n in group])
             running = [bn.running_mean for bn, *_ in group] + [bn.running_var for bn, *_ in group]
-            batch = [
-                m if m.dtype is r.dtype else m.to(r.dtype)
-                for m, r in zip([*(m for _, m, _, _ in group), *var], running)
-            ]
+            batch = [m.to(r.dtype) for m, r in zip([*(m for _, m, _, _ in group), *var], running)]
             torch._foreach_lerp_(running, batch, momentum)
+
+
+def _native(bn: BatchNorm, mean: Tensor) -> bool:
+    """Whether the C++ kernels can update ``bn``: with plain dense tensors of the CPU, of one dtype."""
+    running = bn.running_mean
+    return (
+        type(mean) is type(running) is Tensor
+        and running.is_cpu
+        and running.dtype is mean.dtype
+        and running.dtype in (torch.float32, torch.float64)
+        and running.is_contiguous()
+        and bn.running_var.is_contiguous()
+    )

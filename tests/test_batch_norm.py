@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels import BatchNorm
+from ffkernels.batch_norm import update_running_statistics
 
 
 def run(module: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
@@ -41,3 +42,26 @@ def test_statistics_of_another_use(track):
 def test_other_normalisations_are_refused():
     with pytest.raises(TypeError, match="SyncBatchNorm"):
         BatchNorm.of(nn.SyncBatchNorm(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dense", [True, False])
+def test_running_statistics(dense, dtype):
+    torch.manual_seed(0)
+    uses, expected = [], []
+    for momentum in (0.1, 0.0, 0.7, 1.0):
+        running = torch.rand(2, 5, 2).to(dtype) if not dense else torch.rand(2, 5).to(dtype)
+        mean, var = running if dense else running[:, :, 0]
+        statistics_dtype = torch.promote_types(dtype, torch.float32)
+        batch_mean, batch_var = torch.rand(2, 5, dtype=statistics_dtype)
+        uses.append((BatchNorm(None, None, mean, var, True, momentum, 1e-5), batch_mean, batch_var, 11))
+        for old, new in ((mean, batch_mean), (var, batch_var * 11 / 10)):
+            expected.append((1 - momentum) * old.double() + momentum * new.double())
+    versions = [(bn.running_mean._version, bn.running_var._version) for bn, *_ in uses]
+    update_running_statistics([*uses, (BatchNorm(None, None, None, None, True, 0.1, 1e-5), mean, var, 11)])
+    got = [t for bn, *_ in uses for t in (bn.running_mean, bn.running_var)]
+    for old, new in zip(expected, got):
+        torch.testing.assert_close(new.double(), old, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert all(
+        bn.running_mean._version > v[0] and bn.running_var._version > v[1] for (bn, *_), v in zip(uses, versions)
+    )

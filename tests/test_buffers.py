@@ -58,10 +58,16 @@ def test_what_is_kept_is_bounded(native):
     assert native.buffer_bytes() == (used, 0)
 
 
-def test_workspace(native):
-    assert workspace(100).nbytes >= 100
-    memory = workspace(8 * LARGE + 1)
-    assert memory.nbytes > 8 * LARGE and native.buffer_bytes()[0] >= memory.nbytes
+def test_workspace():
+    def work():
+        memory.append(workspace(100))
+
+    memory = [workspace(8 * LARGE + 1)]
+    assert memory[0].nbytes > 8 * LARGE and workspace(100) is memory[0]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert memory[1] is not memory[0]
 
 
 def test_a_capsule_nobody_took(native):

@@ -23,6 +23,19 @@ int gradients(const double *sums, int64_t sums_row, const T *stats, int64_t stat
 }
 
 template <class T>
+int update(const T *mean, const T *var, T correction, T momentum, T *running_mean, T *running_var, int64_t channels) {
+  // Near a momentum of one, the batch's value is the better start: with one, it is the result.
+  const auto lerp = [&](T from, T to) {
+    return momentum < T(0.5) ? from + momentum * (to - from) : to - (to - from) * (T(1) - momentum);
+  };
+  for (int64_t i = 0; i < channels; ++i) {
+    running_mean[i] = lerp(running_mean[i], mean[i]);
+    running_var[i] = lerp(running_var[i], var[i] * correction);
+  }
+  return FF_OK;
+}
+
+template <class T>
 struct Plan {
   int64_t period;
   AffineMemory<T> affine;
@@ -103,6 +116,17 @@ extern "C" int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row,
 #define FF_CALL(T)                                                                                                  \
   gradients(sums, sums_row, static_cast<const T *>(stats), stats_row, eps, channels, static_cast<T *>(grad_weight), \
             static_cast<T *>(grad_bias))
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_batch_norm_update(const void *mean, const void *var, double correction, double momentum,
+                                        void *running_mean, void *running_var, int64_t channels, int dtype) {
+#define FF_CALL(T)                                                                              \
+  update(static_cast<const T *>(mean), static_cast<const T *>(var), T(correction), T(momentum), \
+         static_cast<T *>(running_mean), static_cast<T *>(running_var), channels)
   if (dtype == FF_FLOAT32) return FF_CALL(float);
   if (dtype == FF_FLOAT64) return FF_CALL(double);
 #undef FF_CALL

@@ -4,9 +4,9 @@
 #include <limits>
 
 #include "arena.h"
+#include "channels.h"
 #include "ff_api.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace {
 
@@ -14,14 +14,6 @@ using namespace ff;
 
 constexpr int kInputs = 3;
 constexpr int64_t kGrainElements = 16 * 1024;
-
-// body(channel, mask) for every vector of channels.
-template <class T, class Body>
-FF_INLINE void over_channels(int64_t channels, const Body &body) {
-  int64_t c = 0;
-  for (; c + Vec<T>::kLanes <= channels; c += Vec<T>::kLanes) body(c, AllLanes{});
-  if (c < channels) body(c, FirstLanes{static_cast<int>(channels - c)});
-}
 
 // Index of the nearest source pixel, in the arithmetic of torch.nn.functional.interpolate.
 struct Nearest {
@@ -148,31 +140,29 @@ struct InputGradient {
   double up(int64_t row) const {
     const Nearest nearest_row(height, out_height), nearest_column(width, out_width);
     int64_t top = first_of(nearest_row, row, out_height), bottom = first_of(nearest_row, row + 1, out_height);
-    double total = 0;
+    Vec<T> total = Vec<T>::zero();
     int64_t begin = 0;
     for (int64_t column = 0; column < width; ++column) {
       int64_t end = begin;
       while (end < out_width && nearest_column(end) == column) ++end;
       const int64_t pixel = (row * width + column) * channels;
-      Vec<T> dot = Vec<T>::zero();
       over_channels<T>(channels, [&](int64_t c, auto mask) {
         Vec<T> sum = Vec<T>::zero();
         for (int64_t y = top; y < bottom; ++y)
           for (int64_t p = begin; p < end; ++p) sum += load(dv + (y * out_width + p) * channels + c, mask);
-        dot += sum * load(x + pixel + c, mask);
+        total += sum * load(x + pixel + c, mask);
         if (dx != nullptr) store(dx + pixel + c, sum * w, mask);
       });
-      total += dot.sum();
       begin = end;
     }
-    return total;
+    return total.sum();
   }
 
   double down(int64_t row, bool same) const {
     const Pool pool{height, width, same};
     T *out = dx == nullptr ? nullptr : dx + row * width * channels;
     if (out != nullptr) std::fill_n(out, width * channels, T(0));
-    double total = 0;
+    Vec<T> total = Vec<T>::zero();
     // Windows start at 2 y - padding and are three rows high, so a row lies in at most two of them.
     const int64_t last = std::min(out_height - 1, (row + pool.first(height)) / 2);
     for (int64_t y = std::max<int64_t>(0, last - 1); y <= last; ++y) {
@@ -190,7 +180,7 @@ struct InputGradient {
             where = wins | (where < Native{}) ? Vec<T>(T(k)).v : where;
           });
           const Vec<T> g = load(dv + (y * out_width + p) * channels + c, mask);
-          if (counts) total += (g * keep(Vec<T>(largest), mask)).sum();
+          if (counts) total += g * keep(Vec<T>(largest), mask);
           if (out == nullptr) return;
           for (int64_t k = 3 * place; k < 3 * place + 3; ++k) {
             const int64_t column = pool.left(p) + k % 3;
@@ -201,7 +191,7 @@ struct InputGradient {
           }
         });
     }
-    return total;
+    return total.sum();
   }
 
  private:

@@ -8,8 +8,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "activation.h"
 #include "arena.h"
+#include "channels.h"
 #include "engine_math.h"
 #include "ff_api.h"
 #include "parallel.h"
@@ -31,26 +31,6 @@ struct Shape {
   int64_t mean_map(int64_t group) const { return 2 * group + (max_first ? 1 : 0); }
   int64_t max_map(int64_t group) const { return 2 * group + (max_first ? 0 : 1); }
 };
-
-template <class T, class Body>
-FF_INLINE void over_channels(int64_t channels, const Body &body) {
-  int64_t c = 0;
-  for (; c + Vec<T>::kLanes <= channels; c += Vec<T>::kLanes) body(c, AllLanes{});
-  if (c < channels) body(c, FirstLanes{static_cast<int>(channels - c)});
-}
-
-// body(c, std::integral_constant<int, vectors>, mask) for runs of up to kRun vectors of channels. A loop over pixels in
-// the body then walks along memory, with the sums of every vector of the run in registers.
-constexpr int kRun = FF_VECTOR_BYTES == 64 ? 4 : 2;
-template <class T, int Vectors = kRun, class Body>
-FF_INLINE void over_runs(int64_t channels, const Body &body, int64_t c = 0) {
-  for (; c + Vectors * Vec<T>::kLanes <= channels; c += Vectors * Vec<T>::kLanes)
-    body(c, std::integral_constant<int, Vectors>{}, AllLanes{});
-  if constexpr (Vectors > 1)
-    over_runs<T, Vectors / 2>(channels, body, c);
-  else if (c < channels)
-    body(c, std::integral_constant<int, 1>{}, FirstLanes{static_cast<int>(channels - c)});
-}
 
 // out[j][i] = in[i][j], i, j < kLanes.
 template <class T>

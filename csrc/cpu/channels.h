@@ -1,12 +1,13 @@
 // Loops over NHWC memory that do something per channel, and sums per channel.
 //
-// A row of pixels is `count` consecutive elements. Vectors of channels are the outer loop, so that coefficients and
-// sums of a vector stay in registers while it walks along the pixels. With fewer channels than lanes, and lanes a
+// A row of pixels is `count` consecutive elements. Runs of a few vectors of channels are the outer loop, so that their
+// coefficients and sums stay in registers while they walk along the pixels. With fewer channels than lanes, and lanes a
 // multiple of them, several pixels share a vector: the loop then has the period of a whole vector instead of the number
 // of channels, and per-channel arrays are repeated to that length.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "activation.h"
 #include "simd.h"
@@ -25,15 +26,38 @@ inline void repeat(const T *values, int64_t channels, int64_t period, T *out) {
   for (int64_t i = period; i < period + Vec<T>::kLanes; ++i) out[i] = T(0);
 }
 
-// body(element, mask) for the vectors that hold channel vector `channel` of every period in [0, count).
+// body(channel, mask) for every vector of channels.
 template <class T, class Body>
+FF_INLINE void over_channels(int64_t channels, const Body &body) {
+  int64_t c = 0;
+  for (; c + Vec<T>::kLanes <= channels; c += Vec<T>::kLanes) body(c, AllLanes{});
+  if (c < channels) body(c, FirstLanes{static_cast<int>(channels - c)});
+}
+
+// body(channel, std::integral_constant<int, vectors>, mask) for runs of up to kRun vectors of channels. A loop over
+// pixels in the body then walks along memory in long steps, with what belongs to each vector of the run in registers.
+constexpr int kRun = FF_VECTOR_BYTES == 64 ? 4 : 2;
+template <class T, int Vectors = kRun, class Body>
+FF_INLINE void over_runs(int64_t channels, const Body &body, int64_t c = 0) {
+  for (; c + Vectors * Vec<T>::kLanes <= channels; c += Vectors * Vec<T>::kLanes)
+    body(c, std::integral_constant<int, Vectors>{}, AllLanes{});
+  if constexpr (Vectors > 1)
+    over_runs<T, Vectors / 2>(channels, body, c);
+  else if (c < channels)
+    body(c, std::integral_constant<int, 1>{}, FirstLanes{static_cast<int>(channels - c)});
+}
+
+// body(element, mask) for the elements in [0, count) at which `Vectors` vectors of channels from `channel` on begin in
+// every period. With more than one vector, a period has room for them all and count is a multiple of it.
+template <class T, int Vectors = 1, class Body>
 FF_INLINE void along_pixels(int64_t count, int64_t period, int64_t channel, const Body &body) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   int64_t i = channel;
-  if (period - channel >= kLanes) {
-    for (; i + kLanes <= count; i += period) body(i, AllLanes{});
-    if (i < count) body(i, FirstLanes{static_cast<int>(count - i)});
-  } else {
+  if (Vectors > 1 || period - channel >= kLanes) {
+    for (; i + Vectors * kLanes <= count; i += period) body(i, AllLanes{});
+    if constexpr (Vectors == 1)
+      if (i < count) body(i, FirstLanes{static_cast<int>(count - i)});
+  } else if constexpr (Vectors == 1) {
     for (; i < count; i += period) body(i, FirstLanes{static_cast<int>(std::min(period - channel, count - i))});
   }
 }
@@ -54,6 +78,7 @@ template <class T>
 struct AffineVector {
   Vec<T> mean, scale, shift;
 
+  FF_INLINE AffineVector() = default;
   FF_INLINE AffineVector(const Affine<T> &affine, int64_t c)
       : mean(affine.scale ? Vec<T>::load(affine.mean + c) : Vec<T>::zero()),
         scale(affine.scale ? Vec<T>::load(affine.scale + c) : Vec<T>(T(1))),
@@ -61,8 +86,8 @@ struct AffineVector {
   FF_INLINE Vec<T> operator()(Vec<T> x) const { return (x - mean) * scale + shift; }
 };
 
-// Vectors of channels walk along memory in strides that hardware prefetchers follow badly, so a pass over one tile asks
-// for the line at the same place of the next one, which the work between two tiles leaves time to fetch.
+// A pass over one tile asks for the line at the same place of the next one, which the work between two tiles leaves
+// time to fetch.
 template <class T>
 FF_INLINE void prefetch(const T *p) {
   __builtin_prefetch(p, 0, 2);
@@ -73,18 +98,17 @@ template <class T>
 inline void apply_affine(const T *x, int64_t count, int64_t period, const Affine<T> &affine, T *out) {
   with_activation(affine.activation, [&](auto activation) {
     const Vec<T> slope(affine.slope);
-    for (int64_t c = 0; c < period; c += Vec<T>::kLanes) {
-      const AffineVector<T> normalised(affine, c);
-      if (affine.scale == nullptr)
-        along_pixels<T>(count, period, c, [&](int64_t i, auto mask) {
-          store(out + i, activate<activation.value>(load(x + i, mask), slope), mask);
-        });
-      else
-        along_pixels<T>(count, period, c, [&](int64_t i, auto mask) {
+    over_runs<T>(period, [&](int64_t c, auto vectors, auto) {
+      AffineVector<T> normalised[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) normalised[v] = AffineVector<T>(affine, c + v * Vec<T>::kLanes);
+      along_pixels<T, vectors.value>(count, period, c, [&](int64_t first, auto mask) {
+        for (int v = 0; v < vectors.value; ++v) {
+          const int64_t i = first + v * Vec<T>::kLanes;
           prefetch(x + i + count);
-          store(out + i, activate<activation.value>(normalised(load(x + i, mask)), slope), mask);
-        });
-    }
+          store(out + i, activate<activation.value>(normalised[v](load(x + i, mask)), slope), mask);
+        }
+      });
+    });
   });
 }
 

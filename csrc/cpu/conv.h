@@ -136,28 +136,34 @@ struct OutputGradient {
     const T *raw = z.data + first * z.pixel;
     if (!z.dense()) gather(z, first, count, scratch), raw = scratch;
     with_activation(activated ? affine.activation : FF_NONE, [&](auto activation) {
-      const Vec<T> slope(affine.slope);
-      for (int64_t i = 0; i < period; i += Vec<T>::kLanes) {
-        const AffineVector<T> normalised(affine, i);
-        const auto gradient = [&](int64_t e, auto mask, Vec<T> value) {
-          const Vec<T> d = load(g + e, mask);
-          if constexpr (activation.value == FF_NONE) return d;
-          return activate_backward<activation.value>(normalised(value), d, slope);
-        };
-        if (b == nullptr) {
-          along_pixels<T>(elements, period, i, [&](int64_t e, auto mask) {
-            prefetch(g + e + elements), prefetch(raw + e + elements);
-            store(out + e, normalised.scale * gradient(e, mask, load(raw + e, mask)), mask);
-          });
-          continue;
-        }
-        const Vec<T> vb = Vec<T>::load(b + i), vc = Vec<T>::load(c + i);
-        along_pixels<T>(elements, period, i, [&](int64_t e, auto mask) {
-          prefetch(g + e + elements), prefetch(raw + e + elements);
-          const Vec<T> value = load(raw + e, mask), d = gradient(e, mask, value) - vb;
-          store(out + e, normalised.scale * (d - (value - normalised.mean) * vc), mask);
-        });
+      b ? run<activation.value, true>(g, raw, elements, out) : run<activation.value, false>(g, raw, elements, out);
+    });
+  }
+
+ private:
+  template <int A, bool Centred>
+  void run(const T *g, const T *raw, int64_t elements, T *out) const {
+    constexpr int kLanes = Vec<T>::kLanes;
+    const Vec<T> slope(affine.slope);
+    over_runs<T>(period, [&](int64_t channel, auto vectors, auto) {
+      AffineVector<T> normalised[vectors.value];
+      Vec<T> vb[vectors.value], vc[vectors.value];
+      for (int v = 0; v < vectors.value; ++v) {
+        normalised[v] = AffineVector<T>(affine, channel + v * kLanes);
+        if constexpr (Centred) vb[v] = Vec<T>::load(b + channel + v * kLanes);
+        if constexpr (Centred) vc[v] = Vec<T>::load(c + channel + v * kLanes);
       }
+      along_pixels<T, vectors.value>(elements, period, channel, [&](int64_t first, auto mask) {
+        for (int v = 0; v < vectors.value; ++v) {
+          const int64_t i = first + v * kLanes;
+          prefetch(g + i + elements), prefetch(raw + i + elements);
+          const Vec<T> value = load(raw + i, mask);
+          Vec<T> d = load(g + i, mask);
+          if constexpr (A != FF_NONE) d = activate_backward<A>(normalised[v](value), d, slope);
+          if constexpr (Centred) d = (d - vb[v]) - (value - normalised[v].mean) * vc[v];
+          store(out + i, normalised[v].scale * d, mask);
+        }
+      });
     });
   }
 };
@@ -184,32 +190,36 @@ inline void activation_backward(const T *grad, const T *z, int64_t elements, int
   constexpr int kLanes = Vec<T>::kLanes;
   with_activation(affine.activation, [&](auto activation) {
     const Vec<T> slope(affine.slope);
-    for (int64_t c = 0; c < period; c += kLanes) {
-      const AffineVector<T> normalised(affine, c);
-      double g_sum[kLanes] = {}, gz_sum[kLanes] = {};
+    over_runs<T>(period, [&](int64_t c, auto vectors, auto) {
+      AffineVector<T> normalised[vectors.value];
+      double g_sum[vectors.value * kLanes] = {}, gz_sum[vectors.value * kLanes] = {};
+      for (int v = 0; v < vectors.value; ++v) normalised[v] = AffineVector<T>(affine, c + v * kLanes);
       in_parts(elements, period, [&](int64_t first, int64_t part) {
-        Vec<T> total = Vec<T>::zero(), product = Vec<T>::zero();
-        along_pixels<T>(part, period, c, [&](int64_t i, auto mask) {
-          prefetch(z + first + i + elements);
-          const Vec<T> value = load(z + first + i, mask);
-          Vec<T> g = load(grad + first + i, mask);
-          if constexpr (activation.value != FF_NONE)
-            g = activate_backward<activation.value>(normalised(value), g, slope);
-          if (out != nullptr) store(out + first + i, g, mask);
-          total += g;
-          product += g * (value - normalised.mean);
+        Vec<T> total[vectors.value], product[vectors.value];
+        for (int v = 0; v < vectors.value; ++v) total[v] = product[v] = Vec<T>::zero();
+        along_pixels<T, vectors.value>(part, period, c, [&](int64_t at, auto mask) {
+          for (int v = 0; v < vectors.value; ++v) {
+            const int64_t i = first + at + v * kLanes;
+            prefetch(z + i + elements);
+            const Vec<T> value = load(z + i, mask);
+            Vec<T> g = load(grad + i, mask);
+            if constexpr (activation.value != FF_NONE)
+              g = activate_backward<activation.value>(normalised[v](value), g, slope);
+            if (out != nullptr) store(out + i, g, mask);
+            total[v] += g;
+            product[v] += g * (value - normalised[v].mean);
+          }
         });
-        for (int lane = 0; lane < kLanes; ++lane) {
-          g_sum[lane] += total.v[lane];
-          gz_sum[lane] += product.v[lane];
+        for (int i = 0; i < vectors.value * kLanes; ++i) {
+          g_sum[i] += total[i / kLanes].v[i % kLanes];
+          gz_sum[i] += product[i / kLanes].v[i % kLanes];
         }
       });
-      if (sums != nullptr)
-        for (int lane = 0; lane < kLanes; ++lane) {
-          sums->g[c + lane] += g_sum[lane];
-          sums->gz[c + lane] += gz_sum[lane];
-        }
-    }
+      for (int i = 0; i < vectors.value * kLanes && sums != nullptr; ++i) {
+        sums->g[c + i] += g_sum[i];
+        sums->gz[c + i] += gz_sum[i];
+      }
+    });
   });
 }
 

@@ -74,8 +74,9 @@ FF_INLINE void product_tile(const Product<T> &p, int64_t m, int64_t n, int last)
     }
 }
 
+// Not inlined: among the values of a caller, the offsets of the rows would not stay in registers.
 template <class T, int Rows, int Vectors>
-inline void product_rows(const Product<T> &p, int64_t m, int64_t n, int64_t rows, int last) {
+__attribute__((noinline)) void product_rows(const Product<T> &p, int64_t m, int64_t n, int64_t rows, int last) {
   if (rows == Rows)
     product_tile<T, Rows, Vectors>(p, m, n, last);
   else if constexpr (Rows > 1)

@@ -7,11 +7,14 @@ A tensor called ``sums`` is (2, C) in float64: the sums of g and of g * (z - mea
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..batch_norm import BatchNorm
 from ..native import DTYPES, check, module
 
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
@@ -47,6 +50,9 @@ LARGE = 1 << 15
 """Elements from which on a tensor lies in a kept buffer."""
 
 
+_scratch = threading.local()
+
+
 def pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -59,17 +65,23 @@ def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.from_dlpack(native.buffer_nhwc(*shape, like.itemsize))
 
 
+def nhwc_view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An NHWC tensor at the beginning of ``memory``, which is flat."""
+    batch, channels, height, width = shape
+    return memory[: math.prod(shape)].view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
 def pixel(x: Tensor) -> int:
     """Elements between neighbouring pixels of an NHWC tensor or of a slice of its channels."""
     return x.stride(3) if x.shape[3] > 1 else x.stride(2) if x.shape[2] > 1 else x.stride(0)
 
 
 def workspace(size: int) -> Tensor:
-    """Scratch memory of at least ``size`` bytes."""
-    if size < 4 * LARGE:
-        return torch.empty(size, dtype=torch.uint8)
-    native, _ = module()
-    return torch.from_dlpack(native.buffer_nhwc(1, 1, 1, -(-size // 4), 4))
+    """Scratch memory of at least ``size`` bytes, the thread's own; the next call may return the same."""
+    memory = getattr(_scratch, "memory", None)
+    if memory is None or memory.nbytes < size:
+        memory = _scratch.memory = torch.empty(size, dtype=torch.uint8)
+    return memory
 
 
 def conv_forward(
@@ -187,6 +199,24 @@ def batch_norm_stats(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Ten
     )
     check(code, "batch_norm_stats", mean)
     return stats
+
+
+def batch_norm_update(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, int]]) -> None:
+    """:func:`ffkernels.batch_norm.update_running_statistics` of dense tensors of one dtype per normalisation."""
+    native, _ = module()
+    for bn, mean, var, count in uses:
+        code = native.ff_cpu_batch_norm_update(
+            mean.data_ptr(),
+            var.data_ptr(),
+            count / (count - 1),
+            bn.momentum,
+            bn.running_mean.data_ptr(),
+            bn.running_var.data_ptr(),
+            mean.shape[0],
+            DTYPES[mean.dtype],
+        )
+        check(code, "batch_norm_update", mean)
+    torch.autograd.graph.increment_version([t for bn, *_ in uses for t in (bn.running_mean, bn.running_var)])
 
 
 def batch_norm_gradients(

@@ -16,6 +16,7 @@ from .conv import (
     conv_backward,
     conv_forward,
     empty_nhwc,
+    nhwc_view,
 )
 
 
@@ -71,6 +72,9 @@ def backward(
         return links[i].batch_statistics or any(needs[2 + 4 * i : 5 + 4 * i])
 
     last = len(links) - 1
+    # Gradients inside the chain take turns in two buffers, which stay in the cache.
+    largest = max((z.numel() for z in raw[:-1]), default=0)
+    turns = [empty_nhwc((1, 1, 1, largest), x).flatten() for _ in range(min(last, 2))]
     # The gradient of the last output still has its activation in front of it; the convolution undoes it as it reads.
     sums = batch_norm_reduce(grad, outputs[last]) if wants_sums(last) else None
     for i in range(last, -1, -1):
@@ -84,7 +88,9 @@ def backward(
         wanted = any(needs[: 1 + 4 * i])
         if not wanted and not needs[1 + 4 * i]:
             break
-        grad_x = empty_nhwc(source.x.shape, x) if wanted else None
+        grad_x = None
+        if wanted:
+            grad_x = nhwc_view(turns[i % len(turns)], source.x.shape) if i else empty_nhwc(source.x.shape, x)
         grad_weight = torch.empty_like(link.weight) if needs[1 + 4 * i] else None
         x_sums = (
             torch.empty((2, source.x.shape[1]), dtype=torch.float64) if i and wanted and wants_sums(i - 1) else None

@@ -3,10 +3,12 @@
     python benchmarks/training_step.py --model featherface_v2 --batch 8 --size 320 --threads 1 2 --output steps.json
 
 A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True); with
-``--evaluation``, it is the forward pass in evaluation mode. ``--append`` adds the run to those that the output holds. Variants
-run in one process, interleaved, and the medians are printed with their ratios to eager. Memory is the peak resident
-size of a fresh process after its third step, less its size before the first. A variant whose fresh process dies (the
-backward graph that PyTorch 2.13's inductor makes of the NCHW model crashes) is reported, and left out.
+``--evaluation``, it is the forward pass in evaluation mode. ``--append`` adds the run to those that the output holds.
+
+Variants run in one process and take turns: in every round each makes two steps, of which the second is timed. The
+medians are printed with their ratios to eager. Memory is the peak resident size of a fresh process after its third
+step, less its size before the first. A variant whose fresh process dies (the backward graph that PyTorch 2.13's
+inductor makes of the NCHW model crashes) is reported, and left out.
 """
 
 from __future__ import annotations
@@ -103,10 +105,9 @@ def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str
     if worst > 1e-3:
         sys.exit(f"the variants do not agree: first losses {losses}")
     times: dict[str, list[float]] = {v: [] for v in variants}
-    for step in steps.values():
-        step()
     for _ in range(arguments.rounds):
         for variant, step in steps.items():
+            step()  # finds the caches as another variant left them
             start = time.perf_counter()
             step()
             times[variant].append((time.perf_counter() - start) * 1e3)

@@ -7,7 +7,7 @@ from torch import nn
 
 import ffkernels
 from ffkernels import cpu
-from ffkernels.ops.channel_shuffle import _raw
+from ffkernels.ops.channel_shuffle import _raw, channels_last
 from ffkernels.reference.channel_shuffle import channel_shuffle as reference
 
 OP = "channel_shuffle"
@@ -163,3 +163,16 @@ def test_torch_func_transforms_fall_back_to_the_reference():
 def test_bad_arguments(shape, groups):
     with pytest.raises(ValueError, match=r"channel_shuffle: (x must be|groups=)"):
         ffkernels.channel_shuffle(torch.zeros(shape), groups)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 20, 31), (1, 3, 1, 1), (3, 1, 4, 5), (2, 37, 5, 4), (0, 3, 4, 4), (2, 3, 5, 0)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_channels_last(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    for source in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+        y = channels_last(source)
+        assert torch.equal(y, x) and y.is_contiguous(memory_format=torch.channels_last)
+    if dtype is torch.float64 and x.numel() < 500:
+        assert torch.autograd.gradcheck(channels_last, x.requires_grad_())

@@ -48,6 +48,7 @@ void shuffle_nhwc(const void *x, void *y, int64_t pixels, int64_t channels, int6
   T *out = static_cast<T *>(y);
   const int64_t per_group = channels / groups;
   if (groups == 2) return shuffle_pixels<T, 2, 0>(in, out, pixels, channels, groups, threads);
+  if (groups == 3) return shuffle_pixels<T, 3, 0>(in, out, pixels, channels, groups, threads);
   if (groups == 4) return shuffle_pixels<T, 4, 0>(in, out, pixels, channels, groups, threads);
   if (groups == 8) return shuffle_pixels<T, 8, 0>(in, out, pixels, channels, groups, threads);
   if (per_group == 2) return shuffle_pixels<T, 0, 2>(in, out, pixels, channels, groups, threads);
@@ -62,7 +63,7 @@ extern "C" int ff_cpu_channel_shuffle(const void *x, void *y, int64_t batch, int
   const int64_t size = dtype == FF_FLOAT64 ? 8 : dtype == FF_FLOAT32 ? 4 : 2;
   if (groups < 1 || channels % groups != 0) return FF_BAD_ARGUMENT;
   if (batch * channels * spatial == 0) return FF_OK;
-  if (layout == FF_NCHW)
+  if (layout == FF_NCHW && spatial > 1)
     shuffle_planes(static_cast<const char *>(x), static_cast<char *>(y), batch, channels, spatial * size, groups,
                    threads);
   else if (size == 8)

@@ -70,3 +70,16 @@ def channel_shuffle(x: Tensor, groups: int, *, policy: Policy | None = None) -> 
     if backend == "reference":
         return reference(x, groups)
     return _ChannelShuffle.apply(x, groups, backend) if record else _raw(x, groups, backend)
+
+
+def channels_last(x: Tensor, *, policy: Policy | None = None) -> Tensor:
+    """``x`` (B, C, H, W) in channels_last memory: itself where it is so already, else a copy.
+
+    An image whose planes lie one after the other becomes one whose pixels do by a shuffle of its C * H * W numbers in C
+    groups, which the CPU's kernel does several times faster than ``Tensor.contiguous``.
+    """
+    if not x.is_cpu or not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+        return x.contiguous(memory_format=torch.channels_last)
+    batch, channels, height, width = x.shape
+    pixels = channel_shuffle(x.view(batch, -1, 1, 1), channels, policy=policy)
+    return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -56,7 +56,7 @@ class FeatherFace(FusedModule):
         if x.dim() != 4 or x.shape[1] != 3:
             raise ValueError(f"{type(self).__name__}: the input must be (B, 3, H, W), got {tuple(x.shape)}")
         if self.ff_policy.mode != "0":
-            x = channels_last(x, policy=self.ff_policy)  # as the kernels compute: not once per op
+            x = channels_last(x)  # as the kernels compute: not once per op
         features = self.forward_features(x)
         softmax = not (self.training if logits is None else logits)
         return multi_head(features, self.heads(), softmax, policy=self.ff_policy)

@@ -72,14 +72,17 @@ def channel_shuffle(x: Tensor, groups: int, *, policy: Policy | None = None) -> 
     return _ChannelShuffle.apply(x, groups, backend) if record else _raw(x, groups, backend)
 
 
-def channels_last(x: Tensor, *, policy: Policy | None = None) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
     """``x`` (B, C, H, W) in channels_last memory: itself where it is so already, else a copy.
 
     An image whose planes lie one after the other becomes one whose pixels do by a shuffle of its C * H * W numbers in C
     groups, which the CPU's kernel does several times faster than ``Tensor.contiguous``.
     """
-    if not x.is_cpu or not x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    image = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
+    same = x.is_contiguous(memory_format=torch.channels_last)
+    if traced or not image or same or needs_grad(x) or not x.numel() or registry.backend_unavailable("cpu", "cpu"):
         return x.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = x.shape
-    pixels = channel_shuffle(x.view(batch, -1, 1, 1), channels, policy=policy)
+    pixels = _raw(x.view(batch, -1, 1, 1), channels, "cpu")
     return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)

@@ -24,6 +24,7 @@ from featherface.models import save_weights
 from featherface.training import Config, Trainer, TrainingError, from_dict, override, train
 from featherface.training import run_folder as run_folder_module
 from featherface.training import trainer as trainer_module
+from featherface.training.averaging import average_weights
 from featherface.training.curves import draw_curves
 from featherface.training.model_card import model_card
 from featherface.training.network import Network, Teacher, check_anchors, predict, set_prior
@@ -147,6 +148,11 @@ def test_the_card_states_what_the_run_says(reference):
         assert text in card
     easy = report["average_precision"]["WIDER FACE"]["easy"]
     assert f"| WIDER FACE | easy | {easy['faces']} | {100 * easy['ap']:.1f} |" in card
+    average = reference[0].parent / "average.safetensors"
+    average_weights([reference[0] / "final.safetensors"] * 2, average, [1, 3])
+    assert "averaged with other weights of the model: 0.25 of `final.safetensors`" in model_card(
+        reference[0], weights=average
+    )
     assert "Not measured on any other data" in (reference[0] / "model_card.md").read_text()
     with pytest.raises(FeatherFaceError, match="no checkpoint"):
         model_card(reference[0].parent / "absent")

@@ -11,6 +11,7 @@ from typing import Any
 
 from featherface.errors import FeatherFaceError
 from featherface.models import create_model
+from featherface.models.checkpoint import read_metadata
 
 from .config import Config, from_dict
 from .run_folder import RunFolder, Table
@@ -26,7 +27,11 @@ MODULES = {
 }
 
 
-def model_card(folder: str | os.PathLike, reports: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+def model_card(
+    folder: str | os.PathLike,
+    reports: Mapping[str, Mapping[str, Any]] | None = None,
+    weights: str | os.PathLike | None = None,
+) -> str:
     """The card of a run's model, as Markdown.
 
     It states what the run's files and ``reports`` say, and nothing else: a result that was not measured is said not to
@@ -35,6 +40,8 @@ def model_card(folder: str | os.PathLike, reports: Mapping[str, Mapping[str, Any
     Args:
         folder: of the run.
         reports: title -> what ``featherface evaluate --output`` wrote, as dictionaries.
+        weights: the file that the card is of, where it is not the run's own: an average of several
+            (:func:`featherface.training.averaging.average_weights`) is described.
 
     Raises:
         FeatherFaceError: the folder holds no run.
@@ -51,8 +58,8 @@ def model_card(folder: str | os.PathLike, reports: Mapping[str, Mapping[str, Any
         "A face detector: boxes, scores and five landmarks (eyes, nose, corners of the mouth).",
         _parameters(config),
         _data(config),
-        _training(config, state, facts),
-        _results(validation, reports or {}),
+        _training(config, state, facts, json.loads(read_metadata(weights).get("average_of", "[]")) if weights else []),
+        _results(config, validation, reports or {}),
         _limits(config),
     ]
     return "\n\n".join(sections) + "\n"
@@ -81,7 +88,7 @@ def _data(config: Config) -> str:
     return "\n".join(["## Training data", "", *rows])
 
 
-def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any], average: list[dict[str, Any]]) -> str:
     distillation = config.distillation
     sides = [f"{side} x {side}" for side in sorted(set(config.augmentation.sizes))]
     lines = [
@@ -115,6 +122,9 @@ def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]
         )
     if config.average.decay:
         lines.append(f"- The weights are an exponential moving average with decay {config.average.decay:g}.")
+    if average:
+        parts = " and ".join(f"{p['share']:g} of `{p['file']}` (SHA-256 `{p['sha256'][:12]}`)" for p in average)
+        lines.append(f"- They were then averaged with other weights of the model: {parts}.")
     made = [f"commit {facts['git']}" if facts.get("git") else "", f"PyTorch {facts['torch']}" if facts else ""]
     made.append(facts.get("gpu") or ("CPU" if facts else ""))
     if any(made):
@@ -122,15 +132,16 @@ def _training(config: Config, state: Mapping[str, Any], facts: Mapping[str, Any]
     return "\n".join(["## Training", "", *lines])
 
 
-def _results(validation: list[dict[str, str]], reports: Mapping[str, Mapping[str, Any]]) -> str:
+def _results(config: Config, validation: list[dict[str, str]], reports: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["## Results", ""]
     if validation:
         last = validation[-1]
         values = [(key[3:], float(last[key])) for key in last if key.startswith("ap_")]
         shown = ", ".join(f"{name} {100 * value:.2f}" for name, value in values if not math.isnan(value))
+        side = config.validation.long_side
+        size = f"longer side {side} pixels" if side else "stored size"
         lines += [
-            f"Own validation part (plain AP at IoU 0.5, stored size, epoch {last['epoch']}): {shown}. It chose the "
-            "best epoch, so it flatters the model a little.",
+            f"Own validation part of the run (plain AP at IoU 0.5, {size}, epoch {last['epoch']}): {shown}.",
             "",
         ]
     if not reports:

@@ -61,6 +61,9 @@ class Bf16Builder(Builder):
         part.into, part.first = whole, first
         part.fields |= {"p1": first, "p2": last_panel(part.channels), "p5": int(not whole.cs)}
 
+    def _stored_map(self, x: Value) -> Value:
+        return self._whole(self._low(self.materialised(x)))
+
     def _float(self, x: Value) -> Value:
         """x as a float32 map."""
         x = self._whole(self.materialised(x))
@@ -77,8 +80,6 @@ class Bf16Builder(Builder):
 
     def _stem(self, x: Value, conv: Conv, folded: Folded, activation: str, negative_slope: float) -> Value:
         out = folded.out_channels
-        if folded.weight.shape[1:] != (3, 3, 3) or folded.stride != 2 or folded.groups != 1 or out % 8:
-            raise ValueError("an engine's first convolution is 3x3 of stride 2 from 3 to a multiple of 8 channels")
         cs = numbers(out)
         joined = max(1, CHANNELS // cs)
         # One run per row of the kernel: the columns that `joined` pixels read, three numbers each.
@@ -104,9 +105,6 @@ class Bf16Builder(Builder):
         self, x: Value, conv: Conv, bn: Norm = None, activation: str = "none", negative_slope: float = 0.1
     ) -> Value:
         return super().conv(self._low(x), conv, bn, activation, negative_slope)
-
-    def depthwise_separable(self, x: Value, *layers: Any, **options: Any) -> Value:
-        return super().depthwise_separable(self._whole(self._low(self.materialised(x))), *layers, **options)
 
     def _depthwise(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> None:
         cs = node.inputs[0].cs
@@ -182,9 +180,6 @@ class Bf16Builder(Builder):
             first += source.channels
         return np.concatenate(runs, axis=1)
 
-    def cbam(self, x: Value, *layers: Any, **options: Any) -> Value:
-        return super().cbam(self._whole(self._low(self.materialised(x))), *layers, **options)
-
     def _gate(self, node: Node, mlp: ChannelMLP, spatial: Conv, bn: Norm, order: str) -> Gate:
         if node.cs % DEPTH:
             raise ValueError(f"an engine of bfloat16 takes no attention on fewer than 17 channels ({node.name})")
@@ -204,23 +199,6 @@ class Bf16Builder(Builder):
             self.weights.add(np.full(CHANNELS, bias))
         return offsets[0]
 
-    def bifpn_node(
-        self,
-        inputs: Sequence[Value],
-        resample: Sequence[str],
-        fusion_weight: Tensor,
-        depthwise: Conv,
-        pointwise: Conv | None,
-        bn: Norm,
-        shuffle_groups: int = 1,
-        pool: str = "max",
-        epsilon: float = 1e-4,
-    ) -> Value:
-        inputs = [self._whole(self._low(self.materialised(x))) for x in inputs]
-        return super().bifpn_node(
-            inputs, resample, fusion_weight, depthwise, pointwise, bn, shuffle_groups, pool, epsilon
-        )
-
     def _separable_folded(self, x: Value, depthwise: Conv, second: Folded, shuffle_groups: int) -> Value:
         first, order = Folded(depthwise, None), shuffle_order(second.out_channels, shuffle_groups)
         dense = second.dense()[order, :, 0, 0]
@@ -238,7 +216,7 @@ class Bf16Builder(Builder):
         if x.order is not None:
             raise ValueError("an engine takes no context of a shuffled map")
         pending = x.gate is not None
-        x = self._whole(self._low(self.materialised(x)))
+        x = self._stored_map(x)
         x.node.joins = pending
 
         def conv(source: Value, index: int) -> Value:

@@ -123,6 +123,13 @@ class Builder:
                 f"padding {folded.padding}"
             )
         if x.node.kind == "image":
+            if (
+                folded.weight.shape[1:] != (3, 3, 3)
+                or folded.stride != 2
+                or folded.groups != 1
+                or len(folded.weight) % 8
+            ):
+                raise ValueError("an engine's first convolution is 3x3 of stride 2 from 3 to a multiple of 8 channels")
             return self._stem(x, conv, folded, activation, negative_slope)
         if x.node.planar:
             raise ValueError("an engine runs no convolution on the output of ssh_grouped except a head's trunk")
@@ -156,8 +163,6 @@ class Builder:
 
     def _stem(self, x: Value, conv: Conv, folded: Folded, activation: str, negative_slope: float) -> Value:
         out = folded.out_channels
-        if folded.weight.shape[1:] != (3, 3, 3) or folded.stride != 2 or folded.groups != 1 or out % 8:
-            raise ValueError("an engine's first convolution is 3x3 of stride 2 from 3 to a multiple of 8 channels")
         block = 8 if self.lanes == 16 else 4
         packed = folded.weight.reshape(out // block, block, 27).transpose(0, 2, 1)
         node = Node("stem", self._name(conv, "stem"), [], out, 2, 3, macs=27 * out)
@@ -181,7 +186,7 @@ class Builder:
         shuffle_groups: int = 1,
     ) -> Value:
         """3x3 depthwise, BN, activation, 1x1, BN, activation; then a channel shuffle folded into the store."""
-        x = self.materialised(x)
+        x = self._stored_map(x)
         first, second = Folded(depthwise, depthwise_bn), Folded(pointwise, pointwise_bn)
         channels = x.channels
         if first.groups != channels or first.kernel != (3, 3) or first.padding != 1 or first.stride not in (1, 2):
@@ -247,7 +252,7 @@ class Builder:
         residual: bool = False,
     ) -> Value:
         """The attention of :func:`ffkernels.cbam`; the reader of the value applies its last gate."""
-        x = self.materialised(x)
+        x = self._stored_map(x)
         if x.order is not None:
             raise ValueError("an engine takes no attention on a shuffled map")
         original = x.node
@@ -297,6 +302,10 @@ class Builder:
         self._attend(node, x)
         return self._add(node)
 
+    def _stored_map(self, x: Value) -> Value:
+        """x as the blocks read it that take neither a pending gate nor another form of the map."""
+        return self.materialised(x)
+
     def bifpn_node(
         self,
         inputs: Sequence[Value],
@@ -310,7 +319,7 @@ class Builder:
         epsilon: float = 1e-4,
     ) -> Value:
         """:func:`ffkernels.bifpn_node`."""
-        inputs = [self.materialised(x) for x in inputs]
+        inputs = [self._stored_map(x) for x in inputs]
         if any(x.order is not None for x in inputs):
             raise ValueError("an engine fuses no shuffled maps")
         weight = fusion_weight.detach().double().cpu().clamp(min=0)

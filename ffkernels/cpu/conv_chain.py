@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,8 @@ def backward(
         if i < last:
             output = output._replace(activation=0)
         if sums is not None:
-            affine = link_gradients(link, output.stats, sums, needs[2 + 4 * i : 5 + 4 * i])
-            grads[2 + 4 * i : 5 + 4 * i] = affine
+            marks = slice(2 + 4 * i, 5 + 4 * i)
+            grads[marks] = link_gradients(link, output.stats, sums, needs[marks], batch_norm_gradients)
         source = Source(x, None, x_activation) if i == 0 else outputs[i - 1]
         wanted = any(needs[: 1 + 4 * i])
         if not wanted and not needs[1 + 4 * i]:
@@ -116,20 +118,28 @@ def backward(
     return [g for g, needed in zip(grads, needs) if needed]
 
 
-def link_gradients(link: Link, stats: Tensor | None, sums: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean)."""
+def affine_gradients(
+    sums: Tensor, stats: Tensor, eps: float, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`ffkernels.cpu.conv.batch_norm_gradients` on any device, in float64."""
+    weight = sums[1] * (stats[1].double() + eps).rsqrt_() if needs_weight else None
+    return weight, sums[0] if needs_bias else None
+
+
+def link_gradients(
+    link: Link,
+    stats: Tensor | None,
+    sums: Tensor,
+    needs: list[bool],
+    affine: Callable[..., tuple[Tensor | None, Tensor | None]] = affine_gradients,
+) -> list[Tensor | None]:
+    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean); ``affine`` makes the two."""
     bias = weight = bn_bias = None
-    dtype = link.weight.dtype
     if needs[0]:
         if link.batch_statistics:
             bias = torch.zeros_like(link.bias)  # a constant per channel vanishes when the mean is subtracted
         else:
-            bias = (sums[0] if stats is None else sums[0] * stats[2]).to(dtype)
-    if sums.is_cpu and stats is not None and stats.dtype == dtype:
-        weight, bn_bias = batch_norm_gradients(sums, stats, link.eps, needs[1], needs[2])
-        return [bias, weight, bn_bias]
-    if needs[1]:
-        weight = (sums[1] * (stats[1].double() + link.eps).rsqrt_()).to(dtype)
-    if needs[2]:
-        bn_bias = sums[0].to(dtype)
-    return [bias, weight, bn_bias]
+            bias = sums[0] if stats is None else sums[0] * stats[2]
+    if stats is not None:
+        weight, bn_bias = affine(sums, stats, link.eps, needs[1], needs[2])
+    return [g if g is None else g.to(link.weight.dtype) for g in (bias, weight, bn_bias)]

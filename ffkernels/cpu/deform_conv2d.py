@@ -7,7 +7,16 @@ from torch import Tensor
 
 from ..native import DTYPES, check, module
 from ..ops.conv_chain import Link, nhwc
-from .conv import Source, batch_norm_apply, batch_norm_reduce, batch_norm_stats, empty_nhwc, pointer, workspace
+from .conv import (
+    Source,
+    batch_norm_apply,
+    batch_norm_gradients,
+    batch_norm_reduce,
+    batch_norm_stats,
+    empty_nhwc,
+    pointer,
+    workspace,
+)
 from .conv_chain import link_gradients
 
 
@@ -97,5 +106,5 @@ def backward(
             threads,
         )
         check(code, "deform_conv2d backward", x, offset, mask, weight)
-    grads += [None] * 3 if sums is None else link_gradients(link, stats, sums, needs[4:])
+    grads += [None] * 3 if sums is None else link_gradients(link, stats, sums, needs[4:], batch_norm_gradients)
     return [g for g, needed in zip(grads, needs) if needed]

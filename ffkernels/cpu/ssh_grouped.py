@@ -18,6 +18,7 @@ from .conv import (
     ACTIVATIONS,
     Geometry,
     Source,
+    batch_norm_gradients,
     batch_norm_stats,
     conv_backward,
     conv_forward,
@@ -197,7 +198,8 @@ def backward(
             n = len(member.weight)
             columns = slice(first, first + n)
             marks = slice(2 + 4 * index, 5 + 4 * index)
-            grads[marks] = link_gradients(member, stats[i][:, columns], stage_sums[:, columns], needs[marks])
+            member_stats, member_sums = stats[i][:, columns], stage_sums[:, columns]
+            grads[marks] = link_gradients(member, member_stats, member_sums, needs[marks], batch_norm_gradients)
             first += n
         grad_weight = torch.empty_like(stage.weight) if any(needs[1 + 4 * index] for index in indices) else None
         if i == 0:

@@ -306,7 +306,7 @@ def join_sums(partial: Tensor, total: int, output: Source, eps: float, batch_sta
 def reduce(grad: Tensor, output: Source, eps: float, batch_statistics: bool) -> Sums:
     """Sums where ``grad`` is the gradient of ``output.activation``'s result and ``output.x`` is z."""
     rows, channels = pixels(grad), grad.shape[1]
-    size = block("reduction", grad.device, channels)
+    size = block("reduction", grad, channels)
     tiles = triton.cdiv(rows, size.rows)
     partial = torch.empty((2, tiles, channels), dtype=torch.float32, device=grad.device)
     launch(
@@ -333,7 +333,7 @@ def reduce(grad: Tensor, output: Source, eps: float, batch_statistics: bool) -> 
 def apply(source: Source, out: Tensor) -> Tensor:
     """``out``, which may be ``source.x``, becomes what ``source`` describes."""
     rows, channels = pixels(out), out.shape[1]
-    size = block("elementwise", out.device, channels)
+    size = block("elementwise", out, channels)
     launch(
         apply_kernel,
         (triton.cdiv(rows, size.rows), triton.cdiv(channels, size.columns)),

@@ -240,7 +240,7 @@ def fuse(inputs: Sequence[Tensor], weight: Tensor, fusion: Fusion) -> Tensor:
     """The sum of the resampled NHWC inputs with normalised weights."""
     v = empty_nhwc(inputs[fusion.resample.index(0)].shape, inputs[0])
     rows, channels = pixels(v), v.shape[1]
-    size = block("pooling", v.device, channels)
+    size = block("pooling", v, channels)
     arguments = [value for x in inputs for value in (x, *x.shape[2:])] + [None, 0, 0] * (3 - len(inputs))
     how = (*fusion.resample, 0)
     launch(
@@ -271,7 +271,7 @@ def fuse_backward(
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """Gradients of the inputs that ``needs`` marks, and of the weights."""
     channels, count = grad.shape[1], power_of_two(len(weight), 2)
-    size = block("pooling", grad.device, channels)
+    size = block("pooling", grad, channels)
     constants = {"ROWS": size.rows, "COLUMNS": size.columns, "SAME": fusion.same, "warps": size.warps}
     columns = triton.cdiv(channels, size.columns)
     grads: list[Tensor | None] = [None] * len(inputs)

@@ -454,9 +454,10 @@ def _mlp_blocks(app: Application, channels: int) -> dict[str, int]:
 
 def _group_blocks(x: Tensor, each: int) -> dict[str, int]:
     """Tiles that hold all channels of a group, hence fewer rows where it has many."""
-    size = block("elementwise", x.device, each)
+    size = block("elementwise", x, each)
     columns = power_of_two(each, 2)
-    return {"ROWS": max(4, size.rows * size.columns // max(size.columns, columns)), "COLUMNS": columns}
+    rows = max(4, size.rows * size.columns // max(size.columns, columns))
+    return {"ROWS": rows, "COLUMNS": columns, "warps": size.warps}
 
 
 def forward(x: Tensor, residual: Tensor | None, app: Application) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -470,11 +471,12 @@ def forward(x: Tensor, residual: Tensor | None, app: Application) -> tuple[Tenso
     with on_device(x):
         pooled, gate = like.new_empty((2, batch, channels)), like.new_empty((batch, channels))
         maps = empty_nhwc((batch, 2 * groups, height, width), like)
-        size = block("reduction", x.device, channels)
+        size = block("reduction", x, channels)
         tiles = triton.cdiv(area, PIXELS)
         partial = like.new_empty((2, tiles, batch, channels))
         grid = (tiles, triton.cdiv(channels, size.columns), batch)
-        launch(pool_kernel, grid, x, partial, area, batch, channels, SPAN=PIXELS, ROWS=size.rows, COLUMNS=size.columns)
+        constants = {"SPAN": PIXELS, "ROWS": size.rows, "COLUMNS": size.columns, "warps": size.warps}
+        launch(pool_kernel, grid, x, partial, area, batch, channels, **constants)
         mlp = app.fc1_weight, app.fc1_bias, app.fc2_weight, app.fc2_bias
         sizes = (tiles, area, channels // mlp_width, mlp_width, hidden)
         launch(gate_kernel, (batch,), partial, *mlp, pooled, gate, *sizes, **_mlp_blocks(app, channels))

@@ -392,6 +392,54 @@ def conv_weight_gradient_kernel(
 
 
 @triton.jit
+def depthwise_sum(
+    x_ptr,
+    x_pixel,
+    stats_ptr,
+    stats_row,
+    slope,
+    weight_ptr,
+    row,
+    rows,
+    channel,
+    channel_mask,
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):
+    """A tile of a depthwise convolution, rows by channels, in float32."""
+    image = row // (out_h * out_w) * in_h
+    top = row // out_w % out_h * STRIDE - PADDING
+    left = row % out_w * STRIDE - PADDING
+    acc = tl.zeros((row.shape[0], channel.shape[0]), tl.float32)
+    for i in tl.static_range(KERNEL):
+        for j in tl.static_range(KERNEL):
+            y = top + i
+            x = left + j
+            mask = (row < rows) & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+            at = ((image + y) * in_w + x).to(tl.int64)[:, None] * x_pixel + channel[None, :]
+            u = load_source(
+                x_ptr,
+                at,
+                mask[:, None] & channel_mask[None, :],
+                stats_ptr,
+                stats_row,
+                channel[None, :],
+                channel_mask[None, :],
+                slope,
+                ACTIVATION,
+            )
+            w = tl.load(weight_ptr + channel * (KERNEL * KERNEL) + (i * KERNEL + j), mask=channel_mask, other=0.0)
+            acc += u * w.to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def depthwise_kernel(
     x_ptr,  # (batch, in_h, in_w, channels)
     x_pixel,
@@ -423,29 +471,26 @@ def depthwise_kernel(
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     channel_mask = channel < channels
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    image = row // (out_h * out_w) * in_h
-    top = row // out_w % out_h * STRIDE - PADDING
-    left = row % out_w * STRIDE - PADDING
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for i in tl.static_range(KERNEL):
-        for j in tl.static_range(KERNEL):
-            y = top + i
-            x = left + j
-            mask = (row < rows) & (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
-            at = ((image + y) * in_w + x).to(tl.int64)[:, None] * x_pixel + channel[None, :]
-            u = load_source(
-                x_ptr,
-                at,
-                mask[:, None] & channel_mask[None, :],
-                stats_ptr,
-                stats_row,
-                channel[None, :],
-                channel_mask[None, :],
-                slope,
-                ACTIVATION,
-            )
-            w = tl.load(weight_ptr + channel * (KERNEL * KERNEL) + (i * KERNEL + j), mask=channel_mask, other=0.0)
-            acc += u * w.to(tl.float32)[None, :]
+    acc = depthwise_sum(
+        x_ptr,
+        x_pixel,
+        stats_ptr,
+        stats_row,
+        slope,
+        weight_ptr,
+        row,
+        rows,
+        channel,
+        channel_mask,
+        in_h,
+        in_w,
+        out_h,
+        out_w,
+        KERNEL,
+        STRIDE,
+        PADDING,
+        ACTIVATION,
+    )
     store_output(
         acc,
         row,
@@ -721,14 +766,14 @@ def plan(weight: Tensor, geometry: Geometry, backward: bool) -> Plan:
     kernel, groups = weight.shape[2], geometry.groups
     constants = {"KERNEL": kernel, "STRIDE": geometry.stride, "PADDING": geometry.padding}
     if is_depthwise(weight, geometry):
-        size = block("depthwise", weight.device, groups)
+        size = block("depthwise", weight, groups)
         chosen = depthwise_input_gradient_kernel if backward else depthwise_kernel
         blocks = triton.cdiv(groups, size.columns)
     else:
         channels, outputs = weight.shape[1], weight.shape[0] // groups
         columns, terms = (channels, outputs) if backward else (outputs, channels)
         shared = pack(geometry, columns)
-        size = block("conv", weight.device, shared * columns, shared * terms * kernel * kernel)
+        size = block("conv", weight, shared * columns, shared * terms * kernel * kernel)
         chosen = conv_input_gradient_kernel if backward else conv_kernel
         blocks = groups // shared * triton.cdiv(shared * columns, size.columns)
         constants |= {"CHANNELS": channels, "OUTPUTS": outputs, "PACK": shared, "DEPTH": size.depth}
@@ -839,13 +884,13 @@ def conv_weight_gradient(output: Output, weight: Tensor, geometry: Geometry, sou
     constants = {"KERNEL": kernel, "STRIDE": geometry.stride, "PADDING": geometry.padding}
     splits = triton.cdiv(rows, SPLIT)
     if is_depthwise(weight, geometry):
-        size = block("depthwise", weight.device, groups)
+        size = block("depthwise", weight, groups)
         chosen, grid = depthwise_weight_gradient_kernel, (splits, triton.cdiv(groups, size.columns))
         constants["TAPS"] = power_of_two(kernel * kernel, 1)
     else:
         channels, outputs = weight.shape[1], weight.shape[0] // groups
         shared = pack(geometry, outputs)
-        size = block("weight_gradient", weight.device, shared * channels * kernel * kernel, SPLIT)
+        size = block("weight_gradient", weight, shared * channels * kernel * kernel, SPLIT)
         size = size._replace(rows=min(size.rows, power_of_two(shared * outputs)))
         chosen = conv_weight_gradient_kernel
         columns = triton.cdiv(shared * channels * kernel * kernel, size.columns)

@@ -10,6 +10,7 @@ from ..ops.conv_chain import Link, nhwc
 from .batch_norm import Affine, Source, apply, given_statistics, reduce
 from .common import empty_nhwc, on_device
 from .conv import Geometry, Output, conv_forward, conv_input_gradient, conv_weight_gradient
+from .separable import fits, separable_forward
 
 
 def affine_of(link: Link) -> Affine:
@@ -30,6 +31,7 @@ def forward(
         source = Source(nhwc(x), None, x_activation)
         all_stats: list[Tensor | None] = []
         raw: list[Tensor] = []
+        held: Source | None = None  # what follows the link before, which runs in one kernel with this one
         for i, link in enumerate(links):
             stats = affine = after = None
             if link.given_statistics:
@@ -39,8 +41,14 @@ def forward(
                 affine = affine_of(link)
             elif not save:
                 after = Source(x, stats, link.activation, link.slope)
-            z = conv_forward(source, link.weight, link.bias, geometry_of(link), affine=affine, stats=stats, after=after)
             all_stats.append(stats)
+            if held is not None:
+                source, held = Source(separable_forward(source, links[i - 1], held, link, after)), None
+                continue
+            if not save and i + 1 < len(links) and fits(link, links[i + 1]):
+                held = after
+                continue
+            z = conv_forward(source, link.weight, link.bias, geometry_of(link), affine=affine, stats=stats, after=after)
             source = Source(z) if after is not None else Source(z, stats, link.activation, link.slope)
             if save and (i + 1 < len(links) or not source.plain):
                 raw.append(z)

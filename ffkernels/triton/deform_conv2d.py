@@ -311,7 +311,7 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, link: Link, save: bool) -> 
         outputs, channels = link.weight.shape[:2]
         z = empty_nhwc((x.shape[0], outputs, *offset.shape[2:]), x)
         rows = pixels(z)
-        size = block("deform", x.device, outputs, channels)
+        size = block("deform", x, outputs, channels)
         tiles = triton.cdiv(rows, size.rows)
         stats = partial = after = None
         if link.given_statistics:
@@ -384,7 +384,7 @@ def _sample_gradients(
 ) -> list[Tensor | None]:
     outputs, channels = link.weight.shape[:2]
     rows, taps = pixels(offset), mask.shape[1]
-    size = block("deform", x.device, channels, outputs)
+    size = block("deform", x, channels, outputs)
     tiles = triton.cdiv(rows, size.rows)
     grad_offset, grad_mask = torch.empty_like(offset), torch.empty_like(mask)
     largest = torch.empty(tiles * taps, dtype=torch.float32, device=x.device)
@@ -418,7 +418,7 @@ def _sample_gradients(
 def _weight_gradient(behind: Output, x: Tensor, offset: Tensor, mask: Tensor, link: Link) -> Tensor:
     outputs, channels = link.weight.shape[:2]
     rows, taps = pixels(offset), mask.shape[1]
-    size = block("deform", x.device, channels, SPLIT)
+    size = block("deform", x, channels, SPLIT)
     output_rows = min(size.rows, power_of_two(outputs))
     splits = triton.cdiv(rows, SPLIT)
     partial = torch.empty((splits, *link.weight.shape), dtype=torch.float32, device=x.device)

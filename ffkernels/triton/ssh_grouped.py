@@ -117,7 +117,7 @@ def join_branches(branches: list[Source], shuffle_groups: int) -> Tensor:
     sizes = [b.x.shape[1] for b in branches]
     y = empty_nhwc((x.shape[0], sum(sizes), *x.shape[2:]), x)
     rows = pixels(y)
-    size = block("elementwise", x.device, sum(sizes))
+    size = block("elementwise", x, sum(sizes))
     launch(
         join_branches_kernel,
         (triton.cdiv(rows, size.rows), triton.cdiv(sum(sizes), size.columns)),
@@ -137,7 +137,7 @@ def join_branches(branches: list[Source], shuffle_groups: int) -> Tensor:
 def split_branch(grad: Tensor, branch: Source, link: Link, first: int, shuffle_groups: int, out: Tensor) -> Sums:
     """``out`` becomes the gradient in front of a branch's ReLU."""
     rows, channels = pixels(grad), branch.x.shape[1]
-    size = block("reduction", grad.device, channels)
+    size = block("reduction", grad, channels)
     tiles = triton.cdiv(rows, size.rows)
     partial = torch.empty((2, tiles, channels), dtype=torch.float32, device=grad.device)
     launch(

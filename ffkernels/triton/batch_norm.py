@@ -17,6 +17,7 @@ from .common import (
     normalise,
     pixel,
     pixels,
+    program_tile,
     store_sums,
 )
 
@@ -168,9 +169,7 @@ def apply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
+    row, channel, channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     row = row.to(tl.int64)[:, None]
     y = load_source(
         x_ptr,
@@ -179,7 +178,7 @@ def apply_kernel(
         stats_ptr,
         stats_row,
         channel[None, :],
-        (channel < channels)[None, :],
+        channel_mask[None, :],
         slope,
         ACTIVATION,
     )
@@ -202,10 +201,7 @@ def reduce_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    channel_mask = channel < channels
-    mask = (row < rows)[:, None] & channel_mask[None, :]
+    row, channel, channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     row = row.to(tl.int64)[:, None]
     g = tl.load(grad_ptr + row * grad_pixel + channel[None, :], mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + row * z_pixel + channel[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -15,7 +15,7 @@ from ..ops.conv_chain import Link, nhwc
 from . import conv_chain
 from .blocks import block, power_of_two
 from .channel_shuffle import channel_shuffle
-from .common import empty_nhwc, launch, on_device, pixels
+from .common import empty_nhwc, launch, on_device, pixels, program_tile
 
 UP, DOWN = tl.constexpr(1), tl.constexpr(2)
 
@@ -94,9 +94,7 @@ def fuse_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
+    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
     image = row // (height * width)
     i = row // width % height
     j = row % width
@@ -127,9 +125,7 @@ def fuse_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
+    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
     i = row // width % height
     u = resampled(
         x_ptr, row // (height * width), i, row % width, in_h, in_w, height, width, channels, channel, mask, HOW, SAME
@@ -189,9 +185,7 @@ def fuse_input_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Every input pixel gathers from the pixels that read it."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (channel < channels)[None, :]
+    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
     image = row // (in_h * in_w)
     y = row // in_w % in_h
     x = row % in_w

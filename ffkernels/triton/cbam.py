@@ -35,6 +35,24 @@ def hidden_layer(v, weight_ptr, bias_ptr, h, width, column, mask):
 
 
 @triton.jit
+def group_tile(rows, each, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's group, its rows, the group's ``each`` channels, and which elements exist."""
+    group = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)[None, :]
+    return group, row, group * each + column, (row < rows)[:, None] & (column < each)
+
+
+@triton.jit
+def chunk_tile(chunks, width, CHUNKS: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns of a chunk and which exist, channels of all chunks, (CHUNKS, WIDTH), and which exist."""
+    column = tl.arange(0, WIDTH)[None, :]
+    column_mask = column < width
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    return column, column_mask, chunk * width + column, (chunk < chunks) & column_mask
+
+
+@triton.jit
 def load_gated_gradient(grad_ptr, y_ptr, at, mask):
     """The gradient in front of the ReLU that ended the op, if one did (``y`` is its result)."""
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -91,12 +109,8 @@ def gate_kernel(
 ):
     """Joins the tiles of one image and applies the MLP."""
     image, batch = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, WIDTH)[None, :]
-    column_mask = column < width
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    mask = (chunk < chunks) & column_mask
+    column, column_mask, channel, mask = chunk_tile(chunks, width, CHUNKS, WIDTH)
     channels = chunks * width
-    channel = chunk * width + column
     mean = tl.zeros((CHUNKS, WIDTH), tl.float32)
     most = tl.full((CHUNKS, WIDTH), float("-inf"), tl.float32)
     for tile in range(tiles):
@@ -132,11 +146,7 @@ def maps_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows)[:, None] & (column < each)
-    channel = group * each + column
+    group, row, channel, mask = group_tile(rows, each, ROWS, COLUMNS)
     x = tl.load(x_ptr + row.to(tl.int64)[:, None] * channels + channel, mask=mask, other=0.0).to(tl.float32)
     u = x * tl.load(gate_ptr + (row // pixels)[:, None] * channels + channel, mask=mask, other=0.0)
     at = maps_ptr + (row.to(tl.int64) * tl.num_programs(1) + group) * 2
@@ -162,11 +172,7 @@ def attend_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows)[:, None] & (column < each)
-    channel = group * each + column
+    group, row, channel, mask = group_tile(rows, each, ROWS, COLUMNS)
     at = row.to(tl.int64)[:, None] * channels + channel
     spatial_at = row.to(tl.int64) * tl.num_programs(1) + group
     z = tl.load(z_ptr + spatial_at, mask=row < rows, other=0.0)
@@ -199,11 +205,7 @@ def spatial_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows)[:, None] & (column < each)
-    channel = group * each + column
+    group, row, channel, mask = group_tile(rows, each, ROWS, COLUMNS)
     at = row.to(tl.int64)[:, None] * channels + channel
     spatial_at = row.to(tl.int64) * tl.num_programs(1) + group
     g = load_gated_gradient(grad_ptr, y_ptr, at, mask)
@@ -310,12 +312,8 @@ def gate_gradient_kernel(
     WIDTH: tl.constexpr,
 ):
     image, batch = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, WIDTH)[None, :]
-    column_mask = column < width
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    mask = (chunk < chunks) & column_mask
+    column, column_mask, channel, mask = chunk_tile(chunks, width, CHUNKS, WIDTH)
     channels = chunks * width
-    channel = chunk * width + column
     total = tl.zeros((CHUNKS, WIDTH), tl.float32)
     count = tl.zeros((CHUNKS, WIDTH), tl.float32)
     for tile in range(tiles):
@@ -361,17 +359,15 @@ def mlp_gradient_kernel(
 ):
     """One neuron of the hidden layer: its gradients, summed over the images."""
     h, hidden = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, WIDTH)[None, :]
-    column_mask = column < width
+    column, column_mask, channel, mask = chunk_tile(chunks, width, CHUNKS, WIDTH)
     chunk = tl.arange(0, CHUNKS)
-    mask = (chunk < chunks)[:, None] & column_mask
     w2 = tl.load(fc2_weight_ptr + column * hidden + h, mask=column_mask, other=0.0)
     first = tl.zeros((WIDTH,), tl.float64)
     second = tl.zeros((WIDTH,), tl.float64)
     outer = tl.zeros((WIDTH,), tl.float64)
     inner = tl.zeros((CHUNKS,), tl.float64)
     for image in range(batch):
-        at = image * chunks * width + chunk[:, None] * width + column
+        at = image * chunks * width + channel
         logit = tl.load(logit_ptr + at, mask=mask, other=0.0)
         back = tl.sum(logit * w2, 1)
         for branch in tl.static_range(2):
@@ -413,11 +409,7 @@ def input_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    group = tl.program_id(1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows)[:, None] & (column < each)
-    channel = group * each + column
+    group, row, channel, mask = group_tile(rows, each, ROWS, COLUMNS)
     at = row.to(tl.int64)[:, None] * channels + channel
     pooled_at = (row // pixels)[:, None] * channels + channel
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)

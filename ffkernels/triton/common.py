@@ -97,29 +97,33 @@ def load_source(x_ptr, at, mask, stats_ptr, stats_row, channel, channel_mask, sl
 
 @triton.jit
 def gradient_before(
-    g_ptr,
-    g_at,
+    grad_ptr,
+    grad_pixel,
     z_ptr,
-    z_at,
-    mask,
+    z_pixel,
     stats_ptr,
     stats_row,
     coefficients_ptr,
     coefficients_row,
-    channel,
-    channel_mask,
     slope,
+    at,
+    channel,
+    mask,
+    channel_mask,
     ACTIVATION: tl.constexpr,
 ):
-    """The gradient of z from that of act(normalise(z)), in float32; 0 where ``mask`` is false.
+    """A tile of the gradient of z from that of act(normalise(z)), in float32; 0 where ``mask`` is false.
 
-    With batch statistics of n values, ``coefficients`` holds sum(g) / n and sum(g (z - mean)) / (n (var + eps)), and
-    dz = scale (g - first - (z - mean) second); otherwise dz = scale g."""
-    g = tl.load(g_ptr + g_at, mask=mask, other=0.0).to(tl.float32)
+    ``at`` (n, 1) or (n, channels) are its pixels. With batch statistics of n values, ``coefficients`` holds sum(g) / n
+    and sum(g (z - mean)) / (n (var + eps)), and dz = scale (g - first - (z - mean) second); otherwise dz = scale g."""
+    channel = channel[None, :]
+    channel_mask = channel_mask[None, :]
+    g = tl.load(grad_ptr + (at * grad_pixel + channel), mask=mask, other=0.0).to(tl.float32)
+    if (ACTIVATION != NONE) or ((stats_ptr is not None) and (coefficients_ptr is not None)):
+        z = tl.load(z_ptr + (at * z_pixel + channel), mask=mask, other=0.0).to(tl.float32)
     if stats_ptr is not None:
         scale = tl.load(stats_ptr + 2 * stats_row + channel, mask=channel_mask, other=0.0)
         if (ACTIVATION != NONE) or (coefficients_ptr is not None):
-            z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
             centred = z - tl.load(stats_ptr + channel, mask=channel_mask, other=0.0)
             if ACTIVATION != NONE:
                 shift = tl.load(stats_ptr + 3 * stats_row + channel, mask=channel_mask, other=0.0)
@@ -130,9 +134,17 @@ def gradient_before(
                 g = g - first - centred * second
         g = tl.where(mask, g * scale, 0.0)
     elif ACTIVATION != NONE:
-        z = tl.load(z_ptr + z_at, mask=mask, other=0.0).to(tl.float32)
         g = activation_gradient(g, z, slope, ACTIVATION)
     return g
+
+
+@triton.jit
+def program_tile(rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (int32) and channels of a program's tile, which channels exist, and which elements do."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    channel_mask = channel < channels
+    return row, channel, channel_mask, (row < rows)[:, None] & channel_mask[None, :]
 
 
 @triton.jit

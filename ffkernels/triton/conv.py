@@ -27,6 +27,7 @@ from .common import (
     normalise,
     pixel,
     pixels,
+    program_tile,
     store_statistics,
     store_sums,
 )
@@ -269,17 +270,18 @@ def conv_input_gradient_kernel(
         output = pack * WIDTH + o
         a = gradient_before(
             grad_ptr,
-            at * grad_pixel + output[None, :],
+            grad_pixel,
             z_ptr,
-            at * z_pixel + output[None, :],
-            mask,
+            z_pixel,
             z_stats_ptr,
             z_stats_row,
             coefficients_ptr,
             coefficients_row,
-            output[None, :],
-            inner_mask[None, :],
             z_slope,
+            at,
+            output,
+            mask,
+            inner_mask,
             Z_ACTIVATION,
         ).to(grad_ptr.dtype.element_ty)
         own = (column // CHANNELS)[None, :] == (o // OUTPUTS)[:, None]
@@ -364,17 +366,18 @@ def conv_weight_gradient_kernel(
         at = row.to(tl.int64)[:, None]
         a = gradient_before(
             grad_ptr,
-            at * grad_pixel + output[None, :],
+            grad_pixel,
             z_ptr,
-            at * z_pixel + output[None, :],
-            row_mask[:, None] & o_mask[None, :],
+            z_pixel,
             z_stats_ptr,
             z_stats_row,
             coefficients_ptr,
             coefficients_row,
-            output[None, :],
-            o_mask[None, :],
             z_slope,
+            at,
+            output,
+            row_mask[:, None] & o_mask[None, :],
+            o_mask,
             Z_ACTIVATION,
         ).to(grad_ptr.dtype.element_ty)
         y = (row // out_w % out_h * STRIDE - PADDING)[:, None] + i[None, :]
@@ -468,9 +471,7 @@ def depthwise_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    channel_mask = channel < channels
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, channel, channel_mask, _ = program_tile(rows, channels, ROWS, COLUMNS)
     acc = depthwise_sum(
         x_ptr,
         x_pixel,
@@ -546,9 +547,7 @@ def depthwise_input_gradient_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    channel_mask = channel < channels
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, channel, channel_mask, _ = program_tile(rows, channels, ROWS, COLUMNS)
     image = row // (in_h * in_w) * out_h
     bottom = row // in_w % in_h + PADDING
     right = row % in_w + PADDING
@@ -566,17 +565,18 @@ def depthwise_input_gradient_kernel(
             at = ((image + y) * out_w + x).to(tl.int64)[:, None]
             g = gradient_before(
                 grad_ptr,
-                at * grad_pixel + channel[None, :],
+                grad_pixel,
                 z_ptr,
-                at * z_pixel + channel[None, :],
-                mask[:, None] & channel_mask[None, :],
+                z_pixel,
                 z_stats_ptr,
                 z_stats_row,
                 coefficients_ptr,
                 coefficients_row,
-                channel[None, :],
-                channel_mask[None, :],
                 z_slope,
+                at,
+                channel,
+                mask[:, None] & channel_mask[None, :],
+                channel_mask,
                 Z_ACTIVATION,
             )
             w = tl.load(weight_ptr + channel * (KERNEL * KERNEL) + (i * KERNEL + j), mask=channel_mask, other=0.0)
@@ -645,17 +645,18 @@ def depthwise_weight_gradient_kernel(
         at = row.to(tl.int64)[:, None]
         g = gradient_before(
             grad_ptr,
-            at * grad_pixel + channel[None, :],
+            grad_pixel,
             z_ptr,
-            at * z_pixel + channel[None, :],
-            (row < rows)[:, None] & channel_mask[None, :],
+            z_pixel,
             z_stats_ptr,
             z_stats_row,
             coefficients_ptr,
             coefficients_row,
-            channel[None, :],
-            channel_mask[None, :],
             z_slope,
+            at,
+            channel,
+            (row < rows)[:, None] & channel_mask[None, :],
+            channel_mask,
             Z_ACTIVATION,
         )
         image = row // (out_h * out_w) * in_h

@@ -180,17 +180,18 @@ def deform_sample_gradient_kernel(
             at = row.to(tl.int64)[:, None]
             a = gradient_before(
                 grad_ptr,
-                at * grad_pixel + o[None, :],
+                grad_pixel,
                 z_ptr,
-                at * z_pixel + o[None, :],
-                row_mask[:, None] & (o < outputs)[None, :],
+                z_pixel,
                 z_stats_ptr,
                 z_stats_row,
                 coefficients_ptr,
                 coefficients_row,
-                o[None, :],
-                (o < outputs)[None, :],
                 z_slope,
+                at,
+                o,
+                row_mask[:, None] & (o < outputs)[None, :],
+                o < outputs,
                 Z_ACTIVATION,
             ).to(grad_ptr.dtype.element_ty)
             b = tl.load(
@@ -277,17 +278,18 @@ def deform_weight_gradient_kernel(
         at = row.to(tl.int64)[:, None]
         a = gradient_before(
             grad_ptr,
-            at * grad_pixel + o[None, :],
+            grad_pixel,
             z_ptr,
-            at * z_pixel + o[None, :],
-            row_mask[:, None] & (o < outputs)[None, :],
+            z_pixel,
             z_stats_ptr,
             z_stats_row,
             coefficients_ptr,
             coefficients_row,
-            o[None, :],
-            (o < outputs)[None, :],
             z_slope,
+            at,
+            o,
+            row_mask[:, None] & (o < outputs)[None, :],
+            o < outputs,
             Z_ACTIVATION,
         ).to(grad_ptr.dtype.element_ty)
         i, j, below, right = position(offset_ptr, row, row_mask, tap, in_h, in_w, out_h, out_w, KERNEL, STRIDE, PADDING)

@@ -15,7 +15,18 @@ from ..ops.conv_chain import Link, nhwc
 from .batch_norm import Source, Sums, given_statistics, join_sums
 from .blocks import block
 from .common import RELU as RELU_CODE
-from .common import activate, activation_gradient, empty_nhwc, launch, normalise, on_device, pixel, pixels, store_sums
+from .common import (
+    activate,
+    activation_gradient,
+    empty_nhwc,
+    launch,
+    normalise,
+    on_device,
+    pixel,
+    pixels,
+    program_tile,
+    store_sums,
+)
 from .conv import Output, conv_forward, conv_input_gradient, conv_weight_gradient
 from .conv_chain import affine_of, geometry_of
 
@@ -54,19 +65,18 @@ def join_branches_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    out = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row, out, inside, mask = program_tile(rows, channels, ROWS, COLUMNS)
     row_mask = (row < rows)[:, None]
     row = row.to(tl.int64)[:, None]
     c = (out % groups * (channels // groups) + out // groups)[None, :]
-    inside = (out < channels)[None, :]
+    inside = inside[None, :]
     y = load_branch(z0_ptr, row, z0_pixel, stats0_ptr, stats0_row, c, row_mask, inside & (c < c0))
     c = c - c0
     y += load_branch(z1_ptr, row, z1_pixel, stats1_ptr, stats1_row, c, row_mask, inside & (c >= 0) & (c < c1))
     c = c - c1
     y += load_branch(z2_ptr, row, z2_pixel, stats2_ptr, stats2_row, c, row_mask, inside & (c >= 0))
     y = activate(y, 0.0, RELU_CODE)
-    tl.store(y_ptr + row * channels + out[None, :], y.to(y_ptr.dtype.element_ty), mask=row_mask & inside)
+    tl.store(y_ptr + row * channels + out[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -87,10 +97,7 @@ def split_branch_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    channel_mask = channel < channels
-    mask = (row < rows)[:, None] & channel_mask[None, :]
+    row, channel, channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     row = row.to(tl.int64)[:, None]
     c = first + channel
     each = total // groups

@@ -17,24 +17,29 @@ from torch import Tensor
 TABLE = Path(__file__).with_name("measurements.json")
 
 
+Rows = dict[tuple[str, torch.dtype], list[dict[str, Any]]]
+
+
+def by_op_and_dtype(rows: list[dict[str, Any]]) -> Rows:
+    found: Rows = {}
+    for row in rows:
+        found.setdefault((row["op"], getattr(torch, row["dtype"])), []).append(row)
+    return found
+
+
 @functools.cache
-def rows() -> tuple[dict[str, Any], ...]:
-    return tuple(json.loads(TABLE.read_text())["rows"])
-
-
-def rows_of(op: str, dtype: torch.dtype) -> list[dict[str, Any]]:
-    name = str(dtype).removeprefix("torch.")
-    return [row for row in rows() if row["op"] == op and row["dtype"] == name]
+def table() -> Rows:
+    return by_op_and_dtype(json.loads(TABLE.read_text())["rows"])
 
 
 def size_of(op: str, x: Tensor, needs_grad: bool) -> int:
     """The size by which the table chooses for a call, in powers of two; 0 where the table has nothing to say."""
-    if needs_grad or not x.is_cuda or not rows_of(op, x.dtype):
+    if needs_grad or not x.is_cuda or (op, x.dtype) not in table():
         return 0
     return int(x.numel()).bit_length()
 
 
 def order(op: str, dtype: torch.dtype, size: int, backends: tuple[str, ...]) -> tuple[str, ...]:
     """``backends``, fastest first in the row of the nearest size; those that the row does not have come last."""
-    row = min(rows_of(op, dtype), key=lambda row: abs(row["elements"].bit_length() - size))
+    row = min(table()[op, dtype], key=lambda row: abs(row["elements"].bit_length() - size))
     return tuple(sorted(backends, key=lambda backend: row["ms"].get(backend, float("inf"))))

@@ -5,16 +5,16 @@ import torch
 
 from ffkernels import Policy, measurements, registry
 
-ROWS = (
+ROWS = [
     {"op": "cbam", "dtype": "float16", "elements": 1 << 10, "ms": {"cuda": 1.0, "triton": 2.0}},
     {"op": "cbam", "dtype": "float16", "elements": 1 << 20, "ms": {"cuda": 2.0, "triton": 1.0}},
     {"op": "cbam", "dtype": "float32", "elements": 1 << 20, "ms": {"triton": 1.0}},
-)
+]
 
 
 @pytest.fixture
 def table(monkeypatch):
-    monkeypatch.setattr(measurements, "rows", lambda: ROWS)
+    monkeypatch.setattr(measurements, "table", lambda: measurements.by_op_and_dtype(ROWS))
 
 
 def tried(dtype, size, backend="auto"):
@@ -25,9 +25,9 @@ def tried(dtype, size, backend="auto"):
 
 
 def test_the_committed_table():
-    for row in measurements.rows():
-        assert row["op"] in registry.ops() and hasattr(torch, row["dtype"]) and row["elements"] > 0
-        assert set(row["ms"]) <= set(registry.PREFERENCE["cuda"])
+    for (op, dtype), rows in measurements.table().items():
+        assert op in registry.ops() and isinstance(dtype, torch.dtype)
+        assert all(row["elements"] > 0 and set(row["ms"]) <= set(registry.PREFERENCE["cuda"]) for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="looks at refusals, and a GPU refuses nothing")

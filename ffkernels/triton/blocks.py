@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 
 DEFAULTS: dict[str, list[tuple[int, int, Block]]] = {
-    "conv": [(0, 4, Block(64, 32, 32)), (80, 4, Block(64, 32, 16, stages=3)), (80, 2, Block(128, 32, 32, stages=3))],
+    "conv": [(0, 4, Block(64, 32, 32)), (80, 4, Block(64, 32, 16)), (80, 2, Block(128, 32, 32, stages=3))],
     "weight_gradient": [
         (0, 4, Block(16, 64, 64)),
         (80, 4, Block(32, 64, 16, stages=3)),

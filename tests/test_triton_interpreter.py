@@ -16,6 +16,7 @@ OPS = {
     "bifpn_node_gpu": "",
     "cbam_gpu": "bfloat16",
     "deform_conv2d_gpu": "",
+    "triton_separable": "bfloat16",
 }
 """Stems of test files, and what takes too long to run every time."""
 

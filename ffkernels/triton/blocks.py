@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 
 DEFAULTS: dict[str, list[tuple[int, int, Block]]] = {
-    "conv": [(0, 4, Block(64, 32, 32)), (80, 4, Block(64, 32, 16)), (80, 2, Block(128, 32, 32, stages=3))],
+    "conv": [(0, 4, Block(64, 32, 32)), (80, 4, Block(32, 32, 16)), (80, 2, Block(128, 32, 32, stages=3))],
     "weight_gradient": [
         (0, 4, Block(16, 64, 64)),
         (80, 4, Block(32, 64, 16, stages=3)),
@@ -61,7 +61,7 @@ DEFAULTS: dict[str, list[tuple[int, int, Block]]] = {
 }
 """(from this capability on, up to this size of an element, block): the last entry that fits counts.
 
-float32 products keep whole rows and columns of a block in registers; half-sized blocks keep them from spilling."""
+float32 products keep whole rows and columns of a block in registers: blocks are as small as it takes not to spill."""
 
 SPLIT = 1024
 """Most pixels that one program of a weight gradient sums; the sums of the programs are added by another kernel."""

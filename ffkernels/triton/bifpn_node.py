@@ -94,7 +94,7 @@ def fuse_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
+    row, channel, _channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     image = row // (height * width)
     i = row // width % height
     j = row % width
@@ -125,7 +125,7 @@ def fuse_sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
+    row, channel, _channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     i = row // width % height
     u = resampled(
         x_ptr, row // (height * width), i, row % width, in_h, in_w, height, width, channels, channel, mask, HOW, SAME
@@ -185,7 +185,7 @@ def fuse_input_gradient_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Every input pixel gathers from the pixels that read it."""
-    row, channel, _, mask = program_tile(rows, channels, ROWS, COLUMNS)
+    row, channel, _channel_mask, mask = program_tile(rows, channels, ROWS, COLUMNS)
     image = row // (in_h * in_w)
     y = row // in_w % in_h
     x = row % in_w

@@ -158,7 +158,8 @@ def fusion_gradient_kernel(
     w = tl.load(weight_ptr + at, mask=at < count, other=0.0).to(tl.float64)
     positive = tl.where(w < 0, 0.0, w)
     total = tl.sum(positive, 0) + epsilon
-    g = direct / total - tl.sum(direct * positive, 0) / (total * total)
+    share = direct / total  # the only use of the loop's result: triton 3.6 does not compile two
+    g = share - tl.sum(share * positive, 0) / total
     g = tl.where(w <= 0, 0.0, g)
     tl.store(out_ptr + at, g.to(tl.float32).to(out_ptr.dtype.element_ty), mask=at < count)
 

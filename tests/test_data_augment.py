@@ -1,6 +1,7 @@
 """Views: geometry against the pixels, colours against formulas, JPEG against Pillow's."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -71,6 +72,23 @@ def test_crops_hold_a_face_and_zoom_out_shows_the_mean():
         colours = {tuple(colour) for colour in out.flatten(1).T.tolist()}
         assert colours == ({(0, 0, 0), FILL} if zoomed else {(0, 0, 0)})
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("extent", [6.0, 30.0, 110.0])
+def test_anchor_sampling_shows_a_whole_face_at_every_side(extent):
+    config = Augmentation(scales=[0.2, 4.0], anchor_sampling=1.0, anchor_sides=[8.0, 640.0], mirror=0, jpeg=0, blur=0)
+    box = np.array([[20.0, 5.0, 20 + 0.8 * extent, 5 + extent]])
+    sides = []
+    for index in range(300):
+        view = draw_view(generator(0, 0, index), 150, 120, box, config, 96)
+        (seen,) = view_faces(view, box, np.full((1, 5, 2), np.nan), NOTHING, 96, 0.0).boxes * 96
+        assert (seen[2] - seen[0]) / (seen[3] - seen[1]) == pytest.approx(0.8, rel=0.2)
+        sides.append(seen[3] - seen[1])
+    smallest, largest = max(8.0, 96 * extent / (4 * 120)), min(96.0, 96 * extent / (0.2 * 120))
+    assert min(sides) < 1.2 * smallest and max(sides) > 0.85 * largest
+    assert smallest / 1.1 <= min(sides) and max(sides) <= 1.05 * largest
+    middle = math.sqrt(smallest * largest)
+    assert 0.2 < np.mean(np.array(sides) < middle) < 0.8
 
 
 def test_mirrored_landmarks_change_sides():

@@ -37,6 +37,10 @@ class Augmentation:
         scales: sides of the square crop over the photograph's shorter side, one drawn for each view; above 1 the
             photograph is smaller than the input and stands somewhere in it.
         tries: crops drawn until one holds the centre of a face; the first of them is taken where none does.
+        anchor_sampling: probability of a crop that shows one of the photograph's faces whole at a chosen side, so that
+            large faces are seen as often as small ones (data-anchor-sampling, Tang et al. 2018, PyramidBox).
+        anchor_sides: bounds of that side in pixels of the input, from which it is drawn log-uniformly; ``scales`` bound
+            the crop here too.
         min_face: faces whose shorter side is below this many pixels of the input are neither trained on nor negatives.
         mirror: probability of a mirrored view.
         aliased: probability of resizing without a low-pass filter, as detectors' input often is.
@@ -52,6 +56,8 @@ class Augmentation:
     sizes: list[int] = field(default_factory=lambda: [640])
     scales: list[float] = field(default_factory=lambda: [0.3, 0.45, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0])
     tries: int = 50
+    anchor_sampling: float = 0.0
+    anchor_sides: list[float] = field(default_factory=lambda: [12.0, 640.0])
     min_face: float = 4.0
     mirror: float = 0.5
     aliased: float = 0.3
@@ -119,6 +125,22 @@ def draw_view(
         boxes: (n, 4), ``x1 y1 x2 y2`` of the faces to train on, in pixels.
         size: side of the view in pixels.
     """
+    if len(boxes) and config.anchor_sampling and rng.random() < config.anchor_sampling:
+        corner, side = _around_face(rng, width, height, boxes, config, size)
+    else:
+        corner, side = _around_centre(rng, width, height, boxes, config)
+    source, target = _fit(corner, side, (width, height), size)
+    mirror, aliased = rng.random() < config.mirror, rng.random() < config.aliased
+    matrix, offset = _draw_colours(rng, config)
+    sigma = rng.uniform(*config.blur_sigma) if rng.random() < config.blur else 0.0
+    quality = rng.uniform(*config.jpeg_quality) if rng.random() < config.jpeg else 0.0
+    return View(source, target, bool(mirror), bool(aliased), matrix, offset, float(sigma), float(quality))
+
+
+def _around_centre(
+    rng: np.random.Generator, width: int, height: int, boxes: np.ndarray, config: Augmentation
+) -> tuple[list[int], int]:
+    """Corner and side of a crop that holds the centre of a face, if there is one."""
     tries = config.tries if len(boxes) else 1
     sides = np.maximum(1, np.rint(rng.choice(config.scales, tries) * min(width, height))).astype(np.int64)
     corners = np.stack([_place(rng, length, sides) for length in (width, height)], axis=1)
@@ -127,12 +149,27 @@ def draw_view(
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
         inside = (centres >= corners[:, None]) & (centres < (corners + sides[:, None])[:, None])
         chosen = int(inside.all(axis=2).any(axis=1).argmax())
-    source, target = _fit(corners[chosen].tolist(), int(sides[chosen]), (width, height), size)
-    mirror, aliased = rng.random() < config.mirror, rng.random() < config.aliased
-    matrix, offset = _draw_colours(rng, config)
-    sigma = rng.uniform(*config.blur_sigma) if rng.random() < config.blur else 0.0
-    quality = rng.uniform(*config.jpeg_quality) if rng.random() < config.jpeg else 0.0
-    return View(source, target, bool(mirror), bool(aliased), matrix, offset, float(sigma), float(quality))
+    return corners[chosen].tolist(), int(sides[chosen])
+
+
+def _around_face(
+    rng: np.random.Generator, width: int, height: int, boxes: np.ndarray, config: Augmentation, size: int
+) -> tuple[list[int], int]:
+    """Corner and side of a crop that holds a whole face, which it shows at a side drawn from ``anchor_sides``."""
+    face = boxes[rng.integers(len(boxes))]
+    extent = max(face[2:] - face[:2])
+    smallest, largest = config.anchor_sides
+    shown = math.exp(rng.uniform(math.log(smallest), math.log(max(smallest, min(largest, size)))))
+    shorter = min(width, height)
+    side = min(max(extent * size / shown, min(config.scales) * shorter), max(config.scales) * shorter)
+    side = max(1, math.ceil(max(side, extent)))
+    corner = []
+    for low, high, length in zip(face[:2], face[2:], (width, height)):
+        # Where the face is inside, and of those places the ones inside the photograph.
+        first, last = high - side, low
+        inside = np.clip([first, last], min(0, length - side), max(0, length - side))
+        corner.append(math.floor(rng.uniform(*inside)))
+    return corner, side
 
 
 def _place(rng: np.random.Generator, length: int, sides: np.ndarray) -> np.ndarray:

@@ -257,10 +257,12 @@ class Config:
             raise ConfigError(f"model.prior is {self.model.prior:g}; it must be at least 0 and below 1")
         if not 0 <= self.average.decay < 1:
             raise ConfigError(f"average.decay is {self.average.decay:g}; it must be at least 0 and below 1")
-        for key in ("blur_sigma", "jpeg_quality"):
+        for key in ("anchor_sides", "blur_sigma", "jpeg_quality"):
             bounds = getattr(self.augmentation, key)
             if len(bounds) != 2 or bounds[0] > bounds[1]:
                 raise ConfigError(f"augmentation.{key} is {bounds}; expected the lowest and the highest value")
+        if self.augmentation.anchor_sides[0] <= 0:
+            raise ConfigError(f"augmentation.anchor_sides is {self.augmentation.anchor_sides}; sides must be above 0")
         if self.distillation.cache_gb and (
             not self.batches.views or self.distillation.feature_weight or len(set(sizes)) > 1
         ):

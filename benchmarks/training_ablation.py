@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -40,6 +41,7 @@ V2 = {
         "distillation.class_weight=0.7",
         "distillation.task_weight=0.3",
     ],
+    "multibox, OHEM": ["task.assigner=multibox", "task.classification=ohem"],
     "multibox, OHEM, smooth L1": [
         "task.assigner=multibox",
         "task.classification=ohem",
@@ -113,11 +115,12 @@ def table(arguments: argparse.Namespace, finished: dict[str, dict[str, np.ndarra
     annotations = [data.annotation(index) for index in data.validation.tolist()]
     scores = {name: evaluate_average_precision(found, annotations) for name, found in finished.items()}
     groups = ("all", "tiny", "small", "medium", "large")
+    only = f" --only {shlex.join(arguments.only)}" if arguments.only else ""
     lines = [
         "# Ablation of the training recipe",
         "",
         f"`{COMMAND} --epochs {arguments.epochs} --batch {arguments.batch} --size {arguments.size} "
-        f"--seed {arguments.seed}{''.join(f' --set {change}' for change in arguments.set)}`",
+        f"--seed {arguments.seed}{''.join(f' --set {change}' for change in arguments.set)}{only}`",
         "",
         f"AP at IoU 0.5 on the {len(annotations)} images of the validation part at their stored size, by square root "
         "of the faces' area (tiny below 16 pixels, small below 32, medium below 96). Difference: paired bootstrap over",

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Trains the weights that come with the package, stage after stage:  scripts/train_weights.sh DATA [RUNS]
+#
+# DATA holds what docs/training.md lists; RUNS (default: runs) gets a folder for each stage. Stopped at any moment and
+# started again, it goes on where it was. The stages and their configurations are those of the shipped weights
+# (benchmarks/results/*_training*/config.toml); on one core of 2024 they take about seven hours.
+set -euo pipefail
+data=$(cd "${1:?usage: scripts/train_weights.sh DATA [RUNS]}" && pwd)
+mkdir -p "${2:-runs}"
+runs=$(cd "${2:-runs}" && pwd)
+configurations=$(cd "$(dirname "$0")/../benchmarks/results" && pwd)
+export FF_USE_FUSED=${FF_USE_FUSED:-1}
+
+stage() { # name, section.option=value...
+  local name=$1
+  shift
+  featherface train "$runs/$name" --resume --config "$configurations/$name/config.toml" --data "$data" "${@/#/--set=}"
+}
+
+stage v2_training
+stage v2_training_large model.weights="$runs/v2_training/final.safetensors"
+featherface average "$runs/v2_training/final.safetensors" "$runs/v2_training_large/final.safetensors" \
+  --share 0.3 --share 0.7 -o "$runs/v2_average.safetensors"
+stage v2_training_multibox model.weights="$runs/v2_average.safetensors"
+stage v2_training_long model.weights="$runs/v2_training_multibox/final.safetensors"
+stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
+echo "V2: $runs/v2_training_long/final.safetensors; Ultra: $runs/v2_ultra_training/final.safetensors"

@@ -3,7 +3,7 @@
 #
 # DATA holds what docs/training.md lists; RUNS (default: runs) gets a folder for each stage. Stopped at any moment and
 # started again, it goes on where it was. The stages and their configurations are those of the shipped weights
-# (benchmarks/results/*_training*/config.toml); on one core of 2024 they take about seven hours.
+# (benchmarks/results/*_training*/config.toml).
 set -euo pipefail
 data=$(cd "${1:?usage: scripts/train_weights.sh DATA [RUNS]}" && pwd)
 mkdir -p "${2:-runs}"
@@ -23,5 +23,7 @@ featherface average "$runs/v2_training/final.safetensors" "$runs/v2_training_lar
   --share 0.3 --share 0.7 -o "$runs/v2_average.safetensors"
 stage v2_training_multibox model.weights="$runs/v2_average.safetensors"
 stage v2_training_long model.weights="$runs/v2_training_multibox/final.safetensors"
+featherface average "$runs/v2_average.safetensors" "$runs/v2_training_long/final.safetensors" \
+  --share 0.3 --share 0.7 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
-echo "V2: $runs/v2_training_long/final.safetensors; Ultra: $runs/v2_ultra_training/final.safetensors"
+echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training/final.safetensors"

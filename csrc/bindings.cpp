@@ -89,6 +89,7 @@ namespace py = pybind11;
   X(ff_cuda_seam_join)                      \
   X(ff_cuda_seam_split)                     \
   X(ff_cuda_ssh_grouped_eval)               \
+  X(ff_cuda_depthwise_separable_eval)       \
   X(ff_cuda_multi_head_scatter)             \
   X(ff_cuda_multi_head_gather)              \
   X(ff_cuda_device_count)                   \

@@ -19,7 +19,8 @@
 extern "C" {
 #endif
 
-enum ff_error { FF_OK = 0, FF_UNSUPPORTED_DTYPE = -1, FF_BAD_ARGUMENT = -2, FF_OUT_OF_MEMORY = -3 };
+// FF_NOT_SERVED: another entry has to serve the call.
+enum ff_error { FF_OK = 0, FF_UNSUPPORTED_DTYPE = -1, FF_BAD_ARGUMENT = -2, FF_OUT_OF_MEMORY = -3, FF_NOT_SERVED = -4 };
 enum ff_dtype { FF_FLOAT32 = 0, FF_FLOAT64 = 1, FF_FLOAT16 = 2, FF_BFLOAT16 = 3 };
 enum ff_layout { FF_NCHW = 0, FF_NHWC = 1 };
 enum ff_resample { FF_RESAMPLE_NONE = 0, FF_RESAMPLE_UP = 1, FF_RESAMPLE_DOWN = 2 };
@@ -370,6 +371,16 @@ FF_EXPORT int ff_cuda_multi_head_scatter(const void *z, int64_t batch, int64_t p
 FF_EXPORT int ff_cuda_multi_head_gather(const void *bbox, const void *cls, const void *landmarks,
                                         const void *probabilities, int64_t batch, int64_t pixels, int64_t anchors,
                                         void *z, int64_t first_row, int64_t rows, int dtype, void *stream);
+
+// A 3x3 depthwise convolution with padding 1 and a 1x1 convolution behind it in one kernel, NHWC, without gradients;
+// both as in ff_cuda_conv_forward. FF_NOT_SERVED unless dtype is a half precision, 8 divides both numbers of channels,
+// at most 256 go out, tensors begin at multiples of 16 bytes and the device has compute capability 8.0.
+FF_EXPORT int ff_cuda_depthwise_separable_eval(const void *x, const void *depthwise_weight, const void *depthwise_bias,
+                                               const void *depthwise_stats, int depthwise_activation,
+                                               double depthwise_slope, const void *weight, const void *bias, void *y,
+                                               const void *y_stats, int y_activation, double y_slope, int64_t batch,
+                                               int64_t channels, int64_t height, int64_t width, int64_t out_channels,
+                                               int64_t stride, int dtype, void *stream);
 
 // Number of CUDA devices, or the negated cudaError_t where the driver cannot say.
 FF_EXPORT int ff_cuda_device_count(void);

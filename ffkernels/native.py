@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 """``ff_dtype`` of csrc/ff_api.h."""
-OUT_OF_MEMORY = -3
+OUT_OF_MEMORY, NOT_SERVED = -3, -4
 """Of ``ff_error`` in csrc/ff_api.h."""
 NCHW, NHWC = 0, 1
 """``ff_layout`` of csrc/ff_api.h."""

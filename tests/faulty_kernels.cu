@@ -3,9 +3,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "common.cuh"
+#include "mma.cuh"
+
 namespace {
 
-enum Fault { none, first, second };
+enum Fault { none, first, second, third, fourth };
 
 // out[b] = sum of 64 values of block b, by a tree in shared memory.
 template <int kFault>
@@ -103,6 +106,57 @@ __global__ void round_trip(const float *in, float *as_half, float *as_bfloat16, 
   }
 }
 
+// out (64, 32) = a b; in is a (64, 32), then b (32, 32). Done twice, so that the tiles are written again. A and B say
+// how the tiles lie in shared memory.
+template <int kFault, class T, ff::Lies A, ff::Lies B>
+__global__ void product(const float *__restrict__ in, float *__restrict__ out) {
+  constexpr int kDepth = 32, kPitch = kDepth + 8, kPitchA = A == ff::Lies::kAcross ? kPitch : 64 + 8;
+  __shared__ alignas(16) T a[64 * kPitch + 8];
+  __shared__ alignas(16) T b[32 * kPitch];
+  const int warp = threadIdx.x / 32;
+  ff::WarpProduct<T> result;
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    if (kFault != second) __syncthreads();
+    for (int i = threadIdx.x; i < 64 * kDepth; i += 64) {
+      const int row = i / kDepth, d = i % kDepth;
+      a[A == ff::Lies::kAcross ? row * kPitch + d : d * kPitchA + row] = ff::from_float<T>(in[i]);
+    }
+    for (int i = threadIdx.x; i < kDepth * 32; i += 64) {
+      const int d = i / 32, column = i % 32;
+      b[B == ff::Lies::kAcross ? column * kPitch + d : d * kPitch + column] = ff::from_float<T>(in[64 * kDepth + i]);
+    }
+    if (kFault != first) __syncthreads();
+    if (kFault == third && threadIdx.x == 37) return;
+    const T *begin = a + warp * 32 * (A == ff::Lies::kAcross ? kPitch : 1) + (kFault == fourth ? 4 : 0);
+    result.template add<A, B>(begin, kPitchA, b, kPitch, kDepth);
+  }
+  result.each([&](int row, int column, float2 two) {
+    out[(warp * 32 + row) * 32 + column] = two.x / 2;
+    out[(warp * 32 + row) * 32 + column + 1] = two.y / 2;
+  });
+}
+
+// A warp reads rows that its own lanes wrote, without __syncwarp.
+template <int kFault>
+__global__ void rows_of_a_warp(const float *__restrict__ in, float *__restrict__ out) {
+  __shared__ alignas(16) __half rows[32][8];
+  for (int c = 0; c < 8; ++c) rows[threadIdx.x ^ 1][c] = __float2half_rn(in[c]);
+  if (kFault != first) __syncwarp();
+  uint32_t matrices[4];
+  ff::ptx::load_matrices<false>(matrices, rows[threadIdx.x]);
+  out[threadIdx.x] = __half2float(reinterpret_cast<const __half *>(matrices)[0]);
+}
+
+// A warp of 16 lanes, and one that takes tensors in global memory for shared ones.
+template <int kFault>
+__global__ void wrong_rows(const float *__restrict__ in, float *__restrict__ out) {
+  __shared__ alignas(16) __half rows[32][8];
+  for (int c = 0; c < 8; ++c) rows[threadIdx.x][c] = __float2half_rn(1);
+  uint32_t matrices[4];
+  ff::ptx::load_matrices<false>(matrices, kFault == first ? reinterpret_cast<const __half *>(in) : rows[threadIdx.x]);
+  out[threadIdx.x] = __half2float(reinterpret_cast<const __half *>(matrices)[0]);
+}
+
 }  // namespace
 
 #define ENTRY(name, ...)                                                                           \
@@ -141,6 +195,18 @@ ENTRY(allowed_dynamic_memory,
       shared_bounds<none><<<1, 64, 50000>>>(out, 0))
 ENTRY(too_much_static_memory, big_static<<<1, 64>>>(out))
 ENTRY(rounding, round_trip<<<4, 128>>>(in, out, out + n, n))
+ENTRY(product_half, product<none, __half, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(product_bfloat16, product<none, __nv_bfloat16, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(product_half_turned_b, product<none, __half, ff::Lies::kAcross, ff::Lies::kAlongDepth><<<1, 64>>>(in, out))
+ENTRY(product_half_turned_both, product<none, __half, ff::Lies::kAlongDepth, ff::Lies::kAlongDepth><<<1, 64>>>(in, out))
+ENTRY(product_no_barrier_after_load, product<first, __half, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(product_no_barrier_before_load, product<second, __half, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(product_lane_missing, product<third, __half, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(product_misaligned, product<fourth, __half, ff::Lies::kAcross, ff::Lies::kAcross><<<1, 64>>>(in, out))
+ENTRY(matrix_rows_right, rows_of_a_warp<none><<<1, 32>>>(in, out))
+ENTRY(matrix_rows_no_syncwarp, rows_of_a_warp<first><<<1, 32>>>(in, out))
+ENTRY(matrix_partial_warp, wrong_rows<none><<<1, 16>>>(in, out))
+ENTRY(matrix_in_global_memory, wrong_rows<first><<<1, 32>>>(in, out))
 
 extern "C" __attribute__((visibility("default"))) const char *error_text(int code) {
   return cudaGetErrorString(static_cast<cudaError_t>(code));

@@ -23,6 +23,7 @@ OPS = [
     "cbam_gpu",
     "channel_shuffle",
     "conv_chain_gpu",
+    "cuda_tensor_cores",
     "deform_conv2d_gpu",
     "detection_gpu",
     "preprocess_gpu",
@@ -55,6 +56,13 @@ FAULTS = {
     "too_many_threads": r"^invalid configuration argument",
     "no_blocks": r"^invalid configuration argument",
     "too_much_dynamic_memory": r"^invalid argument",
+    "product_no_barrier_after_load": rf"shared [ab] .*{UNORDERED}",
+    "product_no_barrier_before_load": r"shared [ab] .* at .*mma\.cuh:.*no barrier orders the two$",
+    "product_lane_missing": r"waits in ldmatrix at .*mma\.cuh:\d+, but lane 5 has exited$",
+    "product_misaligned": r"reads byte \d+ of shared a .*mma\.cuh:\d+, not at a multiple of 16$",
+    "matrix_rows_no_syncwarp": rf"shared rows .*faulty_kernels\.cu:.*{UNORDERED}",
+    "matrix_partial_warp": r"ldmatrix has 16 lanes, not 32$",
+    "matrix_in_global_memory": r"reads global memory \w+ as shared memory at .*faulty_kernels\.cu:",
     "too_much_static_memory": r"52000 bytes of static shared memory; 48 KiB are allowed",
 }
 
@@ -123,6 +131,26 @@ def test_correct_kernels_give_their_results_in_every_order(kernels, x, seed, mon
     assert torch.equal(run("shared_bounds_right", 64), torch.full((64,), 3.0))
     assert torch.equal(run("allowed_dynamic_memory", 64), torch.full((64,), 3.0))
     torch.testing.assert_close(run("vector_load_right", 16), x[:64].view(16, 4).sum(1))
+    assert torch.equal(run("matrix_rows_right", 32), x[:8:2].half().float().repeat(8))
+
+
+@pytest.mark.parametrize("entry", ["half", "bfloat16", "half_turned_b", "half_turned_both"])
+def test_elements_of_tensor_cores_lie_where_they_do_on_a_device(kernels, entry):
+    """Products of numbers that are exact; every element comes out in its place, however the factors lie."""
+    values = torch.randint(-8, 9, (64 * 32 + 32 * 32,), generator=torch.Generator().manual_seed(1)).float()
+    message, y = kernels.run(f"product_{entry}", values, 64 * 32)
+    assert message == ""
+    assert torch.equal(y.view(64, 32), values[: 64 * 32].view(64, 32) @ values[64 * 32 :].view(32, 32))
+
+
+def test_tensor_cores_sum_in_float32(kernels):
+    """Not better than the devices: what lies below the 24 bits of the largest number is cut off."""
+    values = torch.randn(64 * 32 + 32 * 32, generator=torch.Generator().manual_seed(2)).half().float()
+    message, y = kernels.run("product_half", values, 64 * 32)
+    assert message == ""
+    a, b = values[: 64 * 32].view(64, 32).double(), values[64 * 32 :].view(32, 32).double()
+    error = (y.view(64, 32) - a @ b).abs()
+    assert 2**-25 < error.max() < 17 * 2**-23 * (a.abs() @ b.abs()).max()
 
 
 def test_atomics(kernels, x):

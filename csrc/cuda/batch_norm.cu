@@ -5,7 +5,7 @@
 namespace {
 
 constexpr int kLanes = 32, kRows = 8, kThreads = 256;
-constexpr int64_t kMostBlocks = 512;
+constexpr int64_t kMostBlocks = 512, kMostPackBlocks = 65536;
 
 int64_t slices_for(int64_t pixels) { return ff::blocks_for(pixels, 16 * kRows, kMostBlocks); }
 
@@ -208,16 +208,12 @@ extern "C" int ff_cuda_batch_norm_apply(const void *z, const void *stats, int ac
   if (pixels == 0) return FF_OK;
   cudaStream_t s = static_cast<cudaStream_t>(stream);
   const ff::Norm norm = ff::make_norm(stats, channels, activation, slope);
-  return ff::dispatch(dtype, [&](auto zero) -> int {
+  return ff::dispatch_packs(dtype, channels, {z, y}, [&](auto zero, auto width) -> int {
     using T = decltype(zero);
-    constexpr int V = ff::kWide<T>;
-    const int64_t packs = pixels * channels / (ff::wide(channels, V) ? V : 1);
-    const unsigned blocks = ff::blocks_for(packs, kThreads, 65536);
-    const T *from = static_cast<const T *>(z);
-    if (ff::wide(channels, V))
-      apply_kernel<T, V><<<blocks, kThreads, 0, s>>>(from, norm, static_cast<T *>(y), packs);
-    else
-      apply_kernel<T, 1><<<blocks, kThreads, 0, s>>>(from, norm, static_cast<T *>(y), packs);
+    constexpr int V = decltype(width)::value;
+    const int64_t packs = pixels * channels / V;
+    apply_kernel<T, V><<<ff::blocks_for(packs, kThreads, kMostPackBlocks), kThreads, 0, s>>>(
+        static_cast<const T *>(z), norm, static_cast<T *>(y), packs);
     return cudaGetLastError();
   });
 }
@@ -248,18 +244,13 @@ extern "C" int ff_cuda_batch_norm_backward(const void *grad, const void *z, cons
   cudaStream_t s = static_cast<cudaStream_t>(stream);
   const ff::Norm norm = ff::make_norm(stats, channels, activation, slope);
   const double inverse_count = 1.0 / static_cast<double>(pixels);
-  return ff::dispatch(dtype, [&](auto zero) -> int {
+  return ff::dispatch_packs(dtype, channels, {grad, z, out}, [&](auto zero, auto width) -> int {
     using T = decltype(zero);
-    constexpr int V = ff::kWide<T>;
-    const int64_t packs = pixels * channels / (ff::wide(channels, V) ? V : 1);
-    const unsigned blocks = ff::blocks_for(packs, kThreads, 65536);
-    const T *gradient = static_cast<const T *>(grad), *raw = static_cast<const T *>(z);
-    if (ff::wide(channels, V))
-      backward_kernel<T, V>
-          <<<blocks, kThreads, 0, s>>>(gradient, raw, norm, sums, eps, inverse_count, static_cast<T *>(out), packs);
-    else
-      backward_kernel<T, 1>
-          <<<blocks, kThreads, 0, s>>>(gradient, raw, norm, sums, eps, inverse_count, static_cast<T *>(out), packs);
+    constexpr int V = decltype(width)::value;
+    const int64_t packs = pixels * channels / V;
+    backward_kernel<T, V><<<ff::blocks_for(packs, kThreads, kMostPackBlocks), kThreads, 0, s>>>(
+        static_cast<const T *>(grad), static_cast<const T *>(z), norm, sums, eps, inverse_count, static_cast<T *>(out),
+        packs);
     return cudaGetLastError();
   });
 }

@@ -81,6 +81,67 @@ struct alignas(sizeof(T) * N) Pack {
 template <class T>
 constexpr int kWide = 16 / int(sizeof(T));
 
+// The Norm of V neighbouring channels, in registers, for a thread that applies it to many pixels.
+template <int V>
+struct NormPack {
+  float mean[V], scale[V], shift[V];
+  int activation;
+  float slope;
+  bool identity;
+
+  __device__ __forceinline__ NormPack(const Norm &norm, int first)
+      : activation(norm.activation), slope(norm.slope), identity(norm.identity()) {
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      mean[j] = norm.stats == nullptr ? 0.0f : norm.mean(first + j);
+      scale[j] = norm.stats == nullptr ? 1.0f : norm.scale(first + j);
+      shift[j] = norm.stats == nullptr ? 0.0f : norm.stats[3 * norm.channels + first + j];
+    }
+  }
+  __device__ __forceinline__ void normalise(float (&v)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = (v[j] - mean[j]) * scale[j] + shift[j];
+  }
+  __device__ __forceinline__ void apply(float (&v)[V]) const {
+    if (identity) return;
+    normalise(v);
+    // One branch for all values instead of one for each.
+    switch (activation) {
+      case FF_RELU:
+        return activate_all<FF_RELU>(v);
+      case FF_LEAKY_RELU:
+        return activate_all<FF_LEAKY_RELU>(v);
+      case FF_SILU:
+        return activate_all<FF_SILU>(v);
+    }
+  }
+  // From the gradients of the results those of the activation's arguments, at the raw values v.
+  __device__ __forceinline__ void gradient(float (&grad)[V], float (&v)[V]) const {
+    if (activation == FF_NONE) return;
+    normalise(v);
+    switch (activation) {
+      case FF_RELU:
+        return gradient_all<FF_RELU>(grad, v);
+      case FF_LEAKY_RELU:
+        return gradient_all<FF_LEAKY_RELU>(grad, v);
+      case FF_SILU:
+        return gradient_all<FF_SILU>(grad, v);
+    }
+  }
+
+ private:
+  template <int Activation>
+  __device__ __forceinline__ void activate_all(float (&v)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = activate(v[j], Activation, slope);
+  }
+  template <int Activation>
+  __device__ __forceinline__ void gradient_all(float (&grad)[V], const float (&v)[V]) const {
+#pragma unroll
+    for (int j = 0; j < V; ++j) grad[j] = activation_gradient(grad[j], v[j], Activation, slope);
+  }
+};
+
 inline bool wide(int64_t channels, int64_t lanes) { return channels % lanes == 0; }
 inline bool aligned(std::initializer_list<const void *> tensors) {
   uintptr_t bits = 0;

@@ -5,7 +5,10 @@
 // a thread computes several output channels of one pixel. The gradient of the input is the same kernel: a convolution
 // of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes 16 bytes of
 // neighbouring channels of four pixels in a row.
-#include "channels.cuh"
+//
+// In half precision, without groups and from 8 channels on both sides on, tensor cores serve a general convolution:
+// conv_mma.cu.
+#include "conv.cuh"
 #include "slices.cuh"
 
 namespace {
@@ -18,16 +21,10 @@ constexpr int kAcross = 4;  // pixels of a depthwise thread
 constexpr int kMostKernel = 7;
 constexpr int64_t kMostSlices = 256;
 
-// One pass from (batch, height, width, channels) to (batch, out_height, out_width, out_channels).
-struct Pass {
-  int batch, channels, height, width, out_channels, out_height, out_width;
-  int kernel, stride, padding, groups;
-  int up;           // the input is spread: only every up-th row and column of what the kernel sees holds values
-  bool transposed;  // weights are (channels, out_channels / groups, k, k), to be turned around
-  int chunk;        // input channels staged at a time
+// What a block of conv_kernel and weight_gradient_kernel needs beside it.
+struct Pass : ff::Pass {
+  int chunk;  // input channels staged at a time
 
-  __host__ __device__ int group_in() const { return channels / groups; }
-  __host__ __device__ int group_out() const { return out_channels / groups; }
   __host__ __device__ int tile_height() const { return (kTileHeight - 1) * stride + kernel; }
   __host__ __device__ int tile_width() const { return (kTileWidth - 1) * stride + kernel; }
   __host__ __device__ int plane() const { return tile_height() * tile_width() | 1; }  // odd: no bank conflicts
@@ -387,6 +384,8 @@ int launch_conv(Pass p, const T *x, ff::Norm in_norm, const T *weight, const T *
 template <class T>
 int run_conv(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm,
              const T *gate, ff::Norm gate_norm, T *z, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2)
+    if (ff::tensor_cores(p)) return ff::mma_conv(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   if (p.group_out() <= 4) return launch_conv<T, 4>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   if (p.group_out() <= 8) return launch_conv<T, 8>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   return launch_conv<T, 16>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
@@ -441,7 +440,8 @@ extern "C" int ff_cuda_conv_forward(const void *x, const void *x_stats, int x_ac
     const T *input = static_cast<const T *>(x), *w = static_cast<const T *>(weight), *b = static_cast<const T *>(bias);
     T *output = static_cast<T *>(z);
     if (!depthwise(p)) return run_conv<T>(p, input, in, w, b, out, nullptr, out, output, s);
-    if (ff::wide(channels, ff::kWide<T>)) return run_depthwise<T, ff::kWide<T>>(p, input, in, w, b, out, output, s);
+    if (ff::wide(channels, ff::kWide<T>) && ff::aligned({x, z}))
+      return run_depthwise<T, ff::kWide<T>>(p, input, in, w, b, out, output, s);
     return run_depthwise<T, 1>(p, input, in, w, b, out, output, s);
   });
 }
@@ -468,7 +468,7 @@ extern "C" int ff_cuda_conv_input_gradient(const void *grad, const void *weight,
     const T *g = static_cast<const T *>(grad), *w = static_cast<const T *>(weight), *gate = static_cast<const T *>(x);
     T *out = static_cast<T *>(grad_x);
     if (!depthwise(p)) return run_conv<T>(turned, g, none, w, nullptr, none, gate, gate_norm, out, s);
-    if (ff::wide(channels, ff::kWide<T>))
+    if (ff::wide(channels, ff::kWide<T>) && ff::aligned({grad, x, grad_x}))
       return run_depthwise_input_gradient<T, ff::kWide<T>>(p, g, w, gate, gate_norm, out, s);
     return run_depthwise_input_gradient<T, 1>(p, g, w, gate, gate_norm, out, s);
   });
@@ -478,7 +478,9 @@ extern "C" int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t
                                                           int64_t width, int64_t out_channels, int64_t kernel,
                                                           int64_t stride, int64_t padding, int64_t groups) {
   const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
-  return batch == 0 || !valid(p) ? 0 : weight_slices(p) * weight_count(p) * int64_t(sizeof(float));
+  if (batch == 0 || !valid(p)) return 0;
+  const int64_t slices = weight_slices(p), of_mma = ff::tensor_cores(p) ? ff::mma_weight_slices(p) : 0;
+  return (slices > of_mma ? slices : of_mma) * weight_count(p) * int64_t(sizeof(float));
 }
 
 extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
@@ -505,6 +507,12 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
   return ff::dispatch(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const T *g = static_cast<const T *>(grad), *input = static_cast<const T *>(x);
+    if constexpr (sizeof(T) == 2)
+      if (ff::tensor_cores(p)) {
+        const int code = ff::mma_weight_gradient(p, g, input, in, partial, s);
+        if (code != FF_OK) return code;
+        return ff::sum_slices(partial, ff::mma_weight_slices(p), weights, static_cast<T *>(grad_weight), s);
+      }
     if (depthwise(p) && p.kernel == 3)
       depthwise_weight_gradient_kernel<T, 3><<<columns, block, 0, s>>>(p, g, input, in, partial);
     else if (depthwise(p))

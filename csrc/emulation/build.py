@@ -62,7 +62,8 @@ def build(output: Path, sources: Sequence[Path] | None = None, work: Path | None
     include = work / f"include-{common.hexdigest()[:16]}"
     include.mkdir(exist_ok=True)
     for header in kernels.glob("*.cuh"):
-        _write(include / header.name, translate(header.read_text(), _name(header)))
+        if not (HERE / header.name).exists():  # the emulation's own takes its place
+            _write(include / header.name, translate(header.read_text(), _name(header)))
 
     def compile_one(source: Path) -> Path:
         text = source.read_text()

@@ -54,7 +54,11 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 using cudaStream_t = struct CUstream_st *;
 
 cudaError_t cudaGetLastError();
@@ -81,8 +85,10 @@ dim3 grid_size();
 // All threads of the block. Returns the number of threads with a true predicate.
 int barrier(Site site, bool predicate);
 
-// All lanes of `mask`. The last to arrive runs `complete` on everyone's `payload`, indexed by lane.
-void meet(Site site, unsigned mask, void *payload, void (*complete)(void **payloads, unsigned mask));
+// All lanes of `mask`. The last to arrive runs `complete` on everyone's `payload`, indexed by lane. `orders`: accesses
+// before the meeting happen before those behind it.
+void meet(Site site, unsigned mask, void *payload, void (*complete)(void **payloads, unsigned mask),
+          bool orders = true);
 
 void *shared_variable(const void *key, const char *name, size_t bytes);
 void *dynamic_shared_memory();
@@ -90,6 +96,8 @@ void *dynamic_shared_memory();
 
 enum class Kind { read, write, atomic };
 void touch(const volatile void *pointer, size_t bytes, Kind kind, const void *pc);
+// A read of a row of a matrix, which must lie in shared memory at a multiple of its size.
+void touch_shared(const void *pointer, size_t bytes, const void *pc);
 
 cudaError_t allow_dynamic_shared_memory(const void *kernel, int bytes);
 void execute(const char *name, const void *kernel, dim3 grid, dim3 block, size_t shared, void (*run)(void *),

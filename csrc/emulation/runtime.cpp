@@ -162,7 +162,7 @@ struct Machine {
 
   uint64_t random = 0;
   bool failed = false;
-  std::string message;
+  std::string message, launched;
   cudaError_t last_error = cudaSuccess;
   std::unordered_map<const void *, size_t> dynamic_limit;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
@@ -351,7 +351,7 @@ int barrier(Site site, bool predicate) {
   return machine().barrier_count;
 }
 
-void meet(Site site, unsigned mask, void *payload, void (*complete)(void **, unsigned)) {
+void meet(Site site, unsigned mask, void *payload, void (*complete)(void **, unsigned), bool orders) {
   Machine &m = machine();
   const unsigned warp = current->linear / 32 * 32;
   const unsigned lanes = std::min<unsigned>(32, unsigned(m.threads.size()) - warp);
@@ -381,16 +381,18 @@ void meet(Site site, unsigned mask, void *payload, void (*complete)(void **, uns
   }
   complete(payloads, mask);
   uint32_t seen[32] = {};
-  for (unsigned lane = 0; lane < lanes; ++lane)
-    if (mask >> lane & 1)
-      for (unsigned i = 0; i < 32; ++i) seen[i] = std::max(seen[i], m.threads[warp + lane].seen[i]);
-  for (unsigned lane = 0; lane < lanes; ++lane)
-    if (mask >> lane & 1) seen[lane] = m.now;
-  ++m.now;
+  if (orders) {
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      if (mask >> lane & 1)
+        for (unsigned i = 0; i < 32; ++i) seen[i] = std::max(seen[i], m.threads[warp + lane].seen[i]);
+    for (unsigned lane = 0; lane < lanes; ++lane)
+      if (mask >> lane & 1) seen[lane] = m.now;
+    ++m.now;
+  }
   for (unsigned lane = 0; lane < lanes; ++lane)
     if (mask >> lane & 1) {
       Thread &other = m.threads[warp + lane];
-      memcpy(other.seen, seen, sizeof seen);
+      if (orders) memcpy(other.seen, seen, sizeof seen);
       other.state = State::ready;
       m.ready.push_back(warp + lane);
     }
@@ -432,6 +434,15 @@ void touch(const volatile void *pointer, size_t bytes, Kind kind, const void *pc
          where(pc) + ", outside every allocation");
   }
   for (size_t i = 0; i < bytes; ++i) check(address + i, in_shared, kind, pc, uint8_t(bytes));
+}
+
+void touch_shared(const void *pointer, size_t bytes, const void *pc) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  const size_t offset = address - reinterpret_cast<uintptr_t>(machine().arena);
+  if (offset >= kArenaBytes) stop("reads " + memory_name(address) + " as shared memory at " + where(pc));
+  if (offset % bytes != 0)
+    stop("reads " + memory_name(address) + " at " + where(pc) + ", not at a multiple of " + std::to_string(bytes));
+  touch(pointer, bytes, Kind::read, pc);
 }
 
 cudaError_t allow_dynamic_shared_memory(const void *kernel, int bytes) {
@@ -554,6 +565,7 @@ void execute(const char *name, const void *kernel, dim3 grid, dim3 block, size_t
   const char *seed = getenv("FF_EMULATION_SEED");
   m.random = (seed ? strtoull(seed, nullptr, 10) : 0) * 0x2545f4914f6cdd1dull + ++m.launch;
   m.kernel = name;
+  if (m.launched.size() < 1 << 20) m.launched += std::string(name) + "\n";
   m.grid = grid;
   m.block = block;
   m.dynamic_bytes = shared;
@@ -574,6 +586,14 @@ void execute(const char *name, const void *kernel, dim3 grid, dim3 block, size_t
 }
 
 }  // namespace emulation
+
+// For tests: names of the kernels that were launched since the last call, one a line.
+extern "C" __attribute__((visibility("default"))) const char *ff_emulation_launched() {
+  static std::string names;
+  names.clear();
+  names.swap(machine().launched);
+  return names.c_str();
+}
 
 // ---- the CUDA runtime's functions
 
@@ -610,8 +630,16 @@ cudaError_t cudaGetDevice(int *device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-  // Few multiprocessors, so that persistent kernels loop over several tiles even at the tests' sizes.
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : int(kMaxShared);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 3;  // few, so that persistent kernels loop over several tiles even at the tests' sizes
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = int(kMaxShared);
+  }
   return cudaSuccess;
 }
 

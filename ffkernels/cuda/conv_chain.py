@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cpu.conv_chain import link_gradients
-from ..native import DTYPES, check, module
+from ..native import DTYPES, NOT_SERVED, check, module
 from ..ops.conv_chain import Link, nhwc
 from . import on_device, stream
 
@@ -69,6 +69,45 @@ def conv_forward(source: Source, link: Link, after: Source | None) -> Tensor:
     )
     check(code, "conv_chain", x, link.weight)
     return z
+
+
+def block_forward(source: Source, links: list[Link]) -> Tensor | None:
+    """The output of a 3x3 depthwise and a 1x1 convolution by one kernel; None where it does not serve them."""
+    x = source.x
+    if len(links) < 2 or x.dtype not in (torch.float16, torch.bfloat16) or not source.plain:
+        return None
+    depthwise, pointwise = links
+    channels = x.shape[1]
+    if not (
+        depthwise.weight.shape == (channels, 1, 3, 3)
+        and (depthwise.groups, depthwise.padding) == (channels, 1)
+        and pointwise.weight.shape[1:] == (channels, 1, 1)
+        and (pointwise.stride, pointwise.padding) == (1, 0)
+        and not (depthwise.batch_statistics or pointwise.batch_statistics)
+    ):
+        return None
+    native, _ = module()
+    y = empty_nhwc((x.shape[0], pointwise.weight.shape[0], *depthwise.output_size(*x.shape[2:])), x)
+    stats = [given_statistics(link) if link.given_statistics else None for link in links]
+    code = native.ff_cuda_depthwise_separable_eval(
+        x.data_ptr(),
+        depthwise.weight.data_ptr(),
+        pointer(depthwise.bias),
+        *Source(x, stats[0], depthwise.activation, depthwise.slope).norm(),
+        pointwise.weight.data_ptr(),
+        pointer(pointwise.bias),
+        y.data_ptr(),
+        *Source(y, stats[1], pointwise.activation, pointwise.slope).norm(),
+        *x.shape,
+        pointwise.weight.shape[0],
+        depthwise.stride,
+        DTYPES[x.dtype],
+        stream(x),
+    )
+    if code == NOT_SERVED:
+        return None
+    check(code, "depthwise_separable", x, depthwise.weight, pointwise.weight)
+    return y
 
 
 def batch_statistics(z: Tensor, link: Link) -> Tensor:
@@ -203,7 +242,14 @@ def deferred(
     source = Source(nhwc(x), None, x_activation)
     all_stats: list[Tensor | None] = []
     raw: list[Tensor] = []
-    for i, link in enumerate(links):
+    remaining = list(enumerate(links))
+    while remaining:
+        if not save and (y := block_forward(source, [link for _, link in remaining[:2]])) is not None:
+            source = Source(y)
+            all_stats += [None, None]
+            del remaining[:2]
+            continue
+        i, link = remaining.pop(0)
         stats = given_statistics(link) if link.given_statistics else None
         at_once = not save and not link.batch_statistics
         z = conv_forward(source, link, Source(x, stats, link.activation, link.slope) if at_once else None)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent
 
 
@@ -14,6 +16,7 @@ def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth test only (scripts/sanitize.sh)")
 
 
+@pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
     left_out = [item for number, item in enumerate(items) if number % config.getoption("--every")]
     if left_out:

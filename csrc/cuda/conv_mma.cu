@@ -162,6 +162,7 @@ __global__ void __launch_bounds__(kMostThreads)
     product_kernel(ff::Pass p, Tiling tiling, Packs packs, const T *__restrict__ x, ff::Norm in_norm,
                    const T *__restrict__ weight, const T *__restrict__ bias, ff::Norm norm, const T *__restrict__ gate,
                    T *__restrict__ z) {
+  if constexpr (!ff::ptx::kAvailable) return;
   extern __shared__ uint4 memory[];
   __shared__ Places places;
   const int first = blockIdx.x * tiling.rows();
@@ -218,6 +219,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(kGradientThreads, 5)
     weight_product_kernel(ff::Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
                           float *__restrict__ partial) {
+  if constexpr (!ff::ptx::kAvailable) return;
   __shared__ Places places;
   __shared__ alignas(16) T gradients[kGradientPixels * kGradientPitch];
   __shared__ alignas(16) T inputs[kGradientPixels * kGradientPitch];
@@ -260,6 +262,7 @@ __global__ void __launch_bounds__(kMostThreads)
     separable_kernel(ff::Pass p, Tiling tiling, int out_channels, const T *__restrict__ x,
                      const T *__restrict__ depthwise_weight, const T *__restrict__ depthwise_bias, ff::Norm between,
                      const T *__restrict__ weight, const T *__restrict__ bias, ff::Norm out_norm, T *__restrict__ y) {
+  if constexpr (!ff::ptx::kAvailable) return;
   constexpr int V = ff::kWide<T>, kTaps = 9;
   using Pack = ff::Pack<T, V>;
   extern __shared__ uint4 memory[];

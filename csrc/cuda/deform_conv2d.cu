@@ -102,6 +102,18 @@ __device__ void stage_gradients(const Shape &s, const T *__restrict__ grad, int 
   }
 }
 
+// at(c, o) = the weight of a tap from input channel first + c to output channel first_out + o; zero past the last ones.
+template <int N, class T, class F>
+__device__ __forceinline__ void stage_weights(const Shape &s, const T *__restrict__ weight, int tap, int first,
+                                              int first_out, F at) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kDepth * N; i += kThreads) {
+    const int c = i % kDepth, o = i / kDepth;
+    const bool valid = first + c < s.channels && first_out + o < s.out_channels;
+    at(c, o) = valid ? ff::to_float(weight[(int64_t(first_out + o) * s.channels + first + c) * s.taps() + tap]) : 0.0f;
+  }
+}
+
 // sum[i][j] += the product's element (kDown * (thread / kAcross) + i, thread % kAcross + kAcross * j).
 template <int N>
 __device__ __forceinline__ void multiply(const float (&a)[kDepth][kRows + 1], const float (&b)[kDepth][N + 1],
@@ -134,13 +146,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int first = 0; first < s.channels; first += kDepth) {
       __syncthreads();
       stage_samples<false>(s, x, places, first, samples);
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kDepth * N; i += kThreads) {
-        const int c = i % kDepth, o = i / kDepth;
-        const bool valid = first + c < s.channels && first_out + o < s.out_channels;
-        weights[c][o] =
-            valid ? ff::to_float(weight[(int64_t(first_out + o) * s.channels + first + c) * s.taps() + tap]) : 0.0f;
-      }
+      stage_weights<N>(s, weight, tap, first, first_out, [&](int c, int o) -> float & { return weights[c][o]; });
       __syncthreads();
       multiply<N>(samples, weights, sum);
     }
@@ -180,13 +186,7 @@ __global__ void __launch_bounds__(kThreads, 4)
     for (int first_out = 0; first_out < s.out_channels; first_out += kDepth) {
       __syncthreads();
       stage_gradients<false>(s, grad, first_row, first_out, gradients);
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kDepth * kDepth; i += kThreads) {
-        const int c = i % kDepth, o = i / kDepth;
-        const bool valid = first + c < s.channels && first_out + o < s.out_channels;
-        weights[o][c] =
-            valid ? ff::to_float(weight[(int64_t(first_out + o) * s.channels + first + c) * s.taps() + tap]) : 0.0f;
-      }
+      stage_weights<kDepth>(s, weight, tap, first, first_out, [&](int c, int o) -> float & { return weights[o][c]; });
       __syncthreads();
       multiply<kDepth>(gradients, weights, sum);
     }

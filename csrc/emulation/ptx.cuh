@@ -80,6 +80,8 @@ struct Multiplication {
 
 namespace ff::ptx {
 
+constexpr bool kAvailable = true;
+
 inline float half_value(uint16_t bits) { return __half2float(__half{bits}); }
 inline float bfloat16_value(uint16_t bits) { return __bfloat162float(__nv_bfloat16{bits}); }
 

@@ -130,8 +130,10 @@ FF_EXPORT int ff_cpu_conv_backward(const void *grad, int64_t grad_pixel, const v
 
 // Batch normalisation around convolutions on a device, as above, with stats in float32 whatever the dtype. backward:
 // the gradient of z from that of the output; sums NULL where the statistics were given.
-FF_EXPORT int ff_cuda_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
-                                              double eps, int64_t channels, void *stats, int dtype, void *stream);
+// coefficients: of layers (count, 6) and eps (count,), both in host memory; a layer is the addresses of mean, variance,
+// weight and bias (0: none), its channels, and the address of its stats (4, channels).
+FF_EXPORT int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, int dtype,
+                                              void *stream);
 FF_EXPORT int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels);
 FF_EXPORT int ff_cuda_batch_norm_statistics(const void *z, const void *weight, const void *bias, double eps,
                                             void *stats, int64_t pixels, int64_t channels, void *workspace, int dtype,

@@ -190,6 +190,7 @@ ENTRY(copy_from_null, copy<<<1, 32>>>(nullptr, out, 0))
 ENTRY(too_many_threads, copy<<<1, 2048>>>(in, out, 0))
 ENTRY(no_blocks, copy<<<0, 32>>>(in, out, 0))
 ENTRY(too_much_dynamic_memory, shared_bounds<none><<<1, 64, 50000>>>(out, 0))
+ENTRY(too_much_memory_together, shared_bounds<second><<<1, 64, 49000>>>(out, 0))
 ENTRY(allowed_dynamic_memory,
       cudaFuncSetAttribute(shared_bounds<none>, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000);
       shared_bounds<none><<<1, 64, 50000>>>(out, 0))

@@ -56,6 +56,7 @@ FAULTS = {
     "too_many_threads": r"^invalid configuration argument",
     "no_blocks": r"^invalid configuration argument",
     "too_much_dynamic_memory": r"^invalid argument",
+    "too_much_memory_together": r"528 bytes of static and 49000 of dynamic shared memory; 49152 are allowed together",
     "product_no_barrier_after_load": rf"shared [ab] .*{UNORDERED}",
     "product_no_barrier_before_load": r"shared [ab] .* at .*mma\.cuh:.*no barrier orders the two$",
     "product_lane_missing": r"waits in ldmatrix at .*mma\.cuh:\d+, but lane 5 has exited$",

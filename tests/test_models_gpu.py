@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from backends import backends
+from layers import randomize
 from torch import nn
 
 from featherface import create_model
@@ -42,3 +43,17 @@ def test_v2_forward_and_backward(gpu):
         results.append([v.detach().double().cpu() for v in (*outputs, gradient)])
     for mine, theirs, exact in zip(*results):
         assert (mine - exact).norm() <= 3 * (theirs - exact).norm() + 1e-5 * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPUS)
+def test_v2_evaluation_in_half_precision(gpu):
+    torch.manual_seed(1)
+    plain = randomize(create_model("featherface_v2", fused=False)).eval()
+    half = copy.deepcopy(plain).half().to(gpu.device)
+    exact = copy.deepcopy(half).double()
+    fused = set_fused(copy.deepcopy(half), gpu.policy)
+    x = torch.randn(2, 3, 64, 96).half().to(gpu.device)
+    with torch.no_grad():
+        for mine, theirs, wanted in zip(fused(x), half(x), exact(x.double())):
+            assert (mine - wanted).norm() <= 2 * (theirs - wanted).norm() + 1e-3 * wanted.norm()

@@ -17,15 +17,24 @@ __device__ __forceinline__ void write_coefficients(float *stats, int channels, i
   stats[3 * channels + c] = bias;
 }
 
+// Batch normalisations whose coefficients one launch computes.
+constexpr int kMostLayers = 32, kFields = 6;
+struct Layers {
+  const void *mean[kMostLayers], *variance[kMostLayers], *weight[kMostLayers], *bias[kMostLayers];
+  float *stats[kMostLayers];
+  float eps[kMostLayers];
+  int channels[kMostLayers];
+};
+
+// grid: (blocks of channels, layers).
 template <class T>
-__global__ void coefficients_kernel(const T *__restrict__ mean, const T *__restrict__ variance,
-                                    const T *__restrict__ weight, const T *__restrict__ bias, float eps, int channels,
-                                    float *__restrict__ stats) {
-  const int c = blockIdx.x * kThreads + threadIdx.x;
-  if (c < channels)
-    write_coefficients(stats, channels, c, ff::to_float(mean[c]), ff::to_float(variance[c]),
-                       weight == nullptr ? 1.0f : ff::to_float(weight[c]),
-                       bias == nullptr ? 0.0f : ff::to_float(bias[c]), eps);
+__global__ void coefficients_kernel(Layers layers) {
+  const int layer = blockIdx.y, channels = layers.channels[layer], c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  const auto value = [&](const void *tensor) { return ff::to_float(static_cast<const T *>(tensor)[c]); };
+  const void *weight = layers.weight[layer], *bias = layers.bias[layer];
+  write_coefficients(layers.stats[layer], channels, c, value(layers.mean[layer]), value(layers.variance[layer]),
+                     weight == nullptr ? 1.0f : value(weight), bias == nullptr ? 0.0f : value(bias), layers.eps[layer]);
 }
 
 // Count, mean and sum of squared deviations of values; combined as in Chan, Golub and LeVeque (1983).
@@ -165,18 +174,33 @@ bool too_many(int64_t channels) { return channels > int64_t(65535) * kLanes; }
 
 }  // namespace
 
-extern "C" int ff_cuda_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
-                                               double eps, int64_t channels, void *stats, int dtype, void *stream) {
-  if (too_many(channels)) return FF_BAD_ARGUMENT;
-  return ff::dispatch(dtype, [&](auto zero) -> int {
-    using T = decltype(zero);
-    coefficients_kernel<T>
-        <<<ff::blocks_for(channels, kThreads, INT32_MAX), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-            static_cast<const T *>(mean), static_cast<const T *>(var), static_cast<const T *>(weight),
-            static_cast<const T *>(bias), static_cast<float>(eps), static_cast<int>(channels),
-            static_cast<float *>(stats));
-    return cudaGetLastError();
-  });
+extern "C" int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, int dtype,
+                                               void *stream) {
+  for (int64_t first = 0; first < count; first += kMostLayers) {
+    Layers some{};
+    const int number = static_cast<int>(count - first < kMostLayers ? count - first : kMostLayers);
+    int64_t widest = 0;
+    for (int i = 0; i < number; ++i) {
+      const int64_t *f = layers + (first + i) * kFields;
+      const auto tensor = [f](int field) { return reinterpret_cast<const void *>(f[field]); };
+      if (f[4] < 1 || too_many(f[4])) return FF_BAD_ARGUMENT;
+      some.mean[i] = tensor(0);
+      some.variance[i] = tensor(1);
+      some.weight[i] = tensor(2);
+      some.bias[i] = tensor(3);
+      some.channels[i] = static_cast<int>(f[4]);
+      some.eps[i] = static_cast<float>(eps[first + i]);
+      some.stats[i] = reinterpret_cast<float *>(f[5]);
+      widest = f[4] > widest ? f[4] : widest;
+    }
+    const dim3 grid(ff::blocks_for(widest, kThreads, INT32_MAX), static_cast<unsigned>(number));
+    const int code = ff::dispatch(dtype, [&](auto zero) -> int {
+      coefficients_kernel<decltype(zero)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(some);
+      return cudaGetLastError();
+    });
+    if (code != FF_OK) return code;
+  }
+  return FF_OK;
 }
 
 extern "C" int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels) {

@@ -148,7 +148,7 @@ struct Machine {
   char *arena = nullptr;
   std::vector<uint8_t> arena_state;  // 0: outside every variable, 1: not written yet, 2: written
   std::vector<SharedVariable> variables;
-  size_t arena_used, static_bytes, dynamic_bytes, dynamic_begin;
+  size_t arena_used, static_bytes, dynamic_bytes, dynamic_begin, most_shared;
 
   const char *kernel = "";
   dim3 grid, block, block_index;
@@ -405,6 +405,9 @@ void *shared_variable(const void *key, const char *name, size_t bytes) {
     if (v.key == key) return m.arena + v.begin;
   m.static_bytes += bytes;
   if (m.static_bytes > kMaxStaticShared) fail("%zu bytes of static shared memory; 48 KiB are allowed", m.static_bytes);
+  if (m.static_bytes + m.dynamic_bytes > m.most_shared)
+    fail("%zu bytes of static and %zu of dynamic shared memory; %zu are allowed together", m.static_bytes,
+         m.dynamic_bytes, m.most_shared);
   return m.arena + place_variable(key, name, bytes);
 }
 
@@ -569,6 +572,7 @@ void execute(const char *name, const void *kernel, dim3 grid, dim3 block, size_t
   m.grid = grid;
   m.block = block;
   m.dynamic_bytes = shared;
+  m.most_shared = allowed == m.dynamic_limit.end() ? kMaxStaticShared : kMaxShared;
   m.run = run;
   m.body = body;
   m.threads.resize(threads);

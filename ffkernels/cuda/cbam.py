@@ -79,7 +79,7 @@ def forward(x: Tensor, residual: Tensor | None, app: Application) -> tuple[Tenso
         )
         check(code, "cbam", x)
         z = conv_forward(Source(maps), link, None)
-        stats = batch_statistics(z, link) if app.training else given_statistics(link)
+        stats = batch_statistics(z, link) if app.training else given_statistics([link])[0]
         spatial, y = torch.empty_like(z), empty_nhwc(x.shape, x)
         code = native.ff_cuda_cbam_apply(
             x.data_ptr(),

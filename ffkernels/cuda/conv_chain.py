@@ -6,6 +6,8 @@ g * (z - mean), g being the gradient of the normalisation's output. Tensors are 
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,7 +73,7 @@ def conv_forward(source: Source, link: Link, after: Source | None) -> Tensor:
     return z
 
 
-def block_forward(source: Source, links: list[Link]) -> Tensor | None:
+def block_forward(source: Source, links: list[Link], stats: list[Tensor | None]) -> Tensor | None:
     """The output of a 3x3 depthwise and a 1x1 convolution by one kernel; None where it does not serve them."""
     x = source.x
     if len(links) < 2 or x.dtype not in (torch.float16, torch.bfloat16) or not source.plain:
@@ -88,7 +90,6 @@ def block_forward(source: Source, links: list[Link]) -> Tensor | None:
         return None
     native, _ = module()
     y = empty_nhwc((x.shape[0], pointwise.weight.shape[0], *depthwise.output_size(*x.shape[2:])), x)
-    stats = [given_statistics(link) if link.given_statistics else None for link in links]
     code = native.ff_cuda_depthwise_separable_eval(
         x.data_ptr(),
         depthwise.weight.data_ptr(),
@@ -129,23 +130,25 @@ def batch_statistics(z: Tensor, link: Link) -> Tensor:
     return stats
 
 
-def given_statistics(link: Link) -> Tensor:
+def given_statistics(links: Sequence[Link]) -> list[Tensor | None]:
+    """``stats`` of every link by one kernel, None where they are not given."""
+    given = [link for link in links if link.given_statistics]
+    if not given:
+        return [None] * len(links)
     native, _ = module()
-    mean = link.running_mean
-    stats = torch.empty((4, mean.shape[0]), dtype=torch.float32, device=mean.device)
+    mean = given[0].running_mean
+    all_stats = [mean.new_empty((4, link.weight.shape[0]), dtype=torch.float32) for link in given]
+    layers = array("q")
+    for link, stats in zip(given, all_stats):
+        tensors = link.running_mean, link.running_var, link.bn_weight, link.bn_bias
+        layers.extend([*(pointer(t) for t in tensors), stats.shape[1], pointer(stats)])
+    eps = array("d", [link.eps for link in given])
     code = native.ff_cuda_batch_norm_coefficients(
-        mean.data_ptr(),
-        link.running_var.data_ptr(),
-        pointer(link.bn_weight),
-        pointer(link.bn_bias),
-        link.eps,
-        mean.shape[0],
-        stats.data_ptr(),
-        DTYPES[mean.dtype],
-        stream(mean),
+        layers.buffer_info()[0], eps.buffer_info()[0], len(given), DTYPES[mean.dtype], stream(mean)
     )
     check(code, "batch_norm coefficients", mean)
-    return stats
+    remaining = iter(all_stats)
+    return [next(remaining) if link.given_statistics else None for link in links]
 
 
 def batch_norm_apply(source: Source, out: Tensor) -> Tensor:
@@ -240,25 +243,23 @@ def deferred(
 ) -> tuple[Source, list[Tensor | None], list[Tensor]]:
     """What :func:`forward` returns, the output's normalisation and activation yet to be applied."""
     source = Source(nhwc(x), None, x_activation)
-    all_stats: list[Tensor | None] = []
+    all_stats = given_statistics(links)
     raw: list[Tensor] = []
-    remaining = list(enumerate(links))
-    while remaining:
-        if not save and (y := block_forward(source, [link for _, link in remaining[:2]])) is not None:
+    i = 0
+    while i < len(links):
+        if not save and (y := block_forward(source, links[i : i + 2], all_stats[i : i + 2])) is not None:
             source = Source(y)
-            all_stats += [None, None]
-            del remaining[:2]
+            i += 2
             continue
-        i, link = remaining.pop(0)
-        stats = given_statistics(link) if link.given_statistics else None
+        link, stats = links[i], all_stats[i]
         at_once = not save and not link.batch_statistics
         z = conv_forward(source, link, Source(x, stats, link.activation, link.slope) if at_once else None)
         if link.batch_statistics:
-            stats = batch_statistics(z, link)
-        all_stats.append(stats)
+            all_stats[i] = stats = batch_statistics(z, link)
         source = Source(z) if at_once else Source(z, stats, link.activation, link.slope)
         if save and (i + 1 < len(links) or not source.plain):
             raw.append(z)
+        i += 1
     return source, all_stats, raw
 
 

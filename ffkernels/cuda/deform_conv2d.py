@@ -32,7 +32,7 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, link: Link, save: bool) -> 
     with on_device(x):
         x, offset, mask = nhwc(x), nhwc(offset), nhwc(mask)
         z = empty_nhwc((x.shape[0], link.weight.shape[0], *offset.shape[2:]), x)
-        stats = given_statistics(link) if link.given_statistics else None
+        (stats,) = given_statistics([link])
         at_once = not save and not link.batch_statistics
         after = Source(z, stats, link.activation, link.slope) if at_once else Source(z)
         code = native.ff_cuda_deform_conv_forward(

@@ -41,16 +41,15 @@ def forward(
         if not save and (y := whole_block(x, links, shuffle_groups)) is not None:
             return y, [None] * len(links), []
         sources: list[Source] = []
-        all_stats: list[Tensor | None] = []
-        for link, index in zip(links, INPUTS):
-            stats = given_statistics(link) if link.given_statistics else None
+        all_stats = given_statistics(links)
+        for i, (link, index) in enumerate(zip(links, INPUTS)):
+            stats = all_stats[i]
             at_once = not save and not link.batch_statistics
             z = conv_forward(
                 Source(x) if index is None else sources[index], link, Source(x, stats, RELU) if at_once else None
             )
             if link.batch_statistics:
-                stats = batch_statistics(z, link)
-            all_stats.append(stats)
+                all_stats[i] = stats = batch_statistics(z, link)
             sources.append(Source(z) if at_once else Source(z, stats, RELU))
         y = join([sources[i] for i in OUTPUTS], shuffle_groups)
         return y, all_stats, [s.x for s in sources] if save else []

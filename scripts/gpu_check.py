@@ -40,6 +40,13 @@ SANITIZED = {
     "channel_shuffle": 4,
 }
 """Every how many tests of an op one runs under each sanitizer, which makes a test ten to a hundred times slower."""
+ONE_BACKEND = {
+    "test_cuda_tensor_cores": "cuda",
+    "test_detection_gpu": "cuda",
+    "test_preprocess_gpu": "cuda",
+    "test_triton_separable": "triton",
+}
+"""Files of which only one backend has tests."""
 THEIRS = ("at::", "_ZN2at", "cudnn", "cublas", "cutlass", "gemm", "nchw", "nhwc")
 """Parts of the names, mangled or not, of kernels that are PyTorch's and its libraries' own."""
 RESERVE = 45
@@ -306,11 +313,9 @@ def test_items() -> Iterator[Item]:
             print(f"no tests of {backend}: {reason}", file=sys.stderr)
             continue
         for path in sorted((ROOT / "tests").glob("test_*.py")):
-            text = path.read_text()
-            only_cuda = path.stem in ("test_cuda_tensor_cores", "test_detection_gpu", "test_preprocess_gpu")
-            if re.search(r"\bbackends\(|backend_dtypes\(|pytest\.mark\.gpu", text) and (
-                backend == "cuda" or not only_cuda
-            ):
+            if path.stem in ONE_BACKEND and ONE_BACKEND[path.stem] != backend:
+                continue
+            if re.search(r"\bbackends\(|backend_dtypes\(|pytest\.mark\.gpu", path.read_text()):
                 arguments = ["-m", "gpu", "-k", backend, str(path)]
                 yield f"{path.name}, {backend}", lambda left, a=arguments: run_pytest(a, left)
     yield "whole model, fused against plain", lambda left: compare_models()

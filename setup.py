@@ -34,6 +34,7 @@ INSTRUCTION_SETS = {
         {
             "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"],
             "avx512": AVX512,
+            "avx512_bf16": [*AVX512, "-mavx512bf16"],
             "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
         }
         if X86

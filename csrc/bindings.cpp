@@ -44,7 +44,7 @@ namespace py = pybind11;
   X(ff_cpu_engine_run)              \
   X(ff_cpu_engine_fields)           \
   X(ff_cpu_engine_lanes)            \
-  X(ff_cpu_engine_tiles)            \
+  X(ff_cpu_engine_bf16)             \
   X(ff_cpu_deform_conv_workspace)   \
   X(ff_cpu_deform_conv_forward)     \
   X(ff_cpu_deform_conv_backward)    \
@@ -150,15 +150,13 @@ void load_cuda(const std::string &path) {
 }
 
 #if defined(__x86_64__) && defined(__linux__)
-// Whether AVX512-BF16, AMX tiles and AMX-BF16 are there and the kernel lets this process use them; asks it to.
+// Whether AMX tiles and AMX-BF16 are there and the kernel lets this process use them; asks it to.
 bool amx_usable() {
   constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // leaf 7, edx: AMX-BF16 and AMX-TILE
-  constexpr unsigned kAvx512Bf16 = 1u << 5;       // leaf 7.1, eax
   constexpr unsigned kXgetbv = 1u << 27;          // leaf 1, ecx: OSXSAVE
   constexpr unsigned kTileState = 3u << 17;       // XCR0: XTILECFG and XTILEDATA
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAmx) != kAmx) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXgetbv)) return false;
   asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
   if ((a & kTileState) != kTileState) return false;
@@ -180,7 +178,9 @@ py::list cpu_instruction_sets() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) sets.append("avx512");
-  if (avx512 && amx_usable()) sets.append("amx");
+  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (avx512_bf16) sets.append("avx512_bf16");
+  if (avx512_bf16 && amx_usable()) sets.append("amx");
 #endif
   return sets;
 }

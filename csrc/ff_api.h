@@ -205,8 +205,8 @@ FF_EXPORT int ff_cpu_engine_run(const void *plan, int64_t count, void *arena, in
                                 void *landmarks, int64_t anchors, int64_t batch, void *seconds, int lanes, int threads);
 FF_EXPORT const char *ff_cpu_engine_fields(void);
 FF_EXPORT int ff_cpu_engine_lanes(void);
-// Whether products of bfloat16 tiles are instructions (AMX) here.
-FF_EXPORT int ff_cpu_engine_tiles(void);
+// How bfloat16 is multiplied here: 0 in float32, for tests, 1 by tiles (AMX), 2 by dot products of pairs (AVX512-BF16).
+FF_EXPORT int ff_cpu_engine_bf16(void);
 
 // Modulated deformable convolution, NHWC, H' x W' output: offset (batch, H', W', 2 K) as (dy, dx) per tap, mask (batch,
 // H', W', K), weight (O, C, kernel_h, kernel_w). stats not NULL: filled with the statistics of z and the

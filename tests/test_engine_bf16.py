@@ -28,7 +28,7 @@ LEVELS = cpu.instruction_sets()
 
 @pytest.fixture
 def computed(monkeypatch):
-    """Makes engines compute in bfloat16 without AMX too, where tiles are emulated, with a chosen instruction set."""
+    """Makes engines compute in bfloat16 everywhere, on emulated tiles where the instruction set multiplies none."""
     before = cpu.loaded_isa()
     monkeypatch.setattr(ffkernels.engine.engine, "computed_dtype", lambda dtype: dtype)
     yield cpu.set_isa
@@ -78,12 +78,12 @@ def test_large(computed, level: str):
     check(randomised("featherface_v2", seed=3), image(640, 640), threads=2)
 
 
-def test_without_amx():
-    """Where there is no AMX, float32 takes its place."""
+def test_what_is_computed():
+    """Where the processor multiplies no bfloat16, float32 takes its place."""
     model, x = randomised("featherface_v2"), image(64, 48)
     low, full = build(model, x), engine.build(model, x.shape)
     assert (low.dtype, full.dtype, full.computes) == ("bfloat16", "float32", "float32")
-    assert low.computes == ("bfloat16" if cpu.loaded_isa() == "amx" else "float32")
+    assert low.computes == ("bfloat16" if cpu.loaded_isa() in ("amx", "avx512_bf16") else "float32")
     before = cpu.loaded_isa()
     cpu.set_isa("generic")
     try:

@@ -214,10 +214,10 @@ extern "C" const char *ff_cpu_engine_fields(void) { return FF_ENGINE_FIELDS(FF_E
 
 extern "C" int ff_cpu_engine_lanes(void) { return ff::engine::L; }
 
-extern "C" int ff_cpu_engine_tiles(void) {
+extern "C" int ff_cpu_engine_bf16(void) {
 #if defined(__AMX_BF16__)
   return 1;
 #else
-  return 0;
+  return ff::engine::kDots ? 2 : 0;
 #endif
 }

@@ -9,6 +9,7 @@
 namespace ff::engine {
 namespace {
 
+#if !defined(FF_ENGINE_DOTS)
 constexpr int64_t kPanelChannels = 2 * kTileChannels;
 
 // M strips times N tiles of channels, into (M, 16, 32) floats.
@@ -89,8 +90,11 @@ void finish_strips(const TileLayer &layer, const Strip *strips, int count, int64
   });
 }
 
+#endif
+
 }  // namespace
 
+#if !defined(FF_ENGINE_DOTS)
 void multiply_tiles(const TileLayer &layer, const Strip *strips, int count) {
   alignas(64) float sums[2 * kTilePixels * kPanelChannels];
   const bf16 *w = layer.weights;
@@ -107,12 +111,14 @@ void multiply_tiles(const TileLayer &layer, const Strip *strips, int count) {
     w += layer.steps * (two ? 2 : 1) * kTileWeights;
   }
 }
+#endif
 
 namespace {
 
 TileLayer layer_of(const Context &ctx) {
   const Block &b = *ctx.block;
   return TileLayer{0,
+                   nullptr,
                    nullptr,
                    reinterpret_cast<const bf16 *>(ctx.weight(b.w1)),
                    ctx.weight(b.w2),
@@ -147,6 +153,7 @@ void finish_rows(const Context &ctx, int64_t y, int64_t n) {
   }
 }
 
+#if !defined(FF_ENGINE_DOTS)
 // Depthwise 3x3 of the even or odd channels of R rows and four pixels per row.
 template <int Odd, int S, int R>
 FF_INLINE void depthwise_tile(const bf16 *const *rows, int64_t offset, int64_t cs, const float *weights, bf16 *out,
@@ -198,10 +205,6 @@ void depthwise(const bf16 *const *rows, int columns, int64_t cs, int64_t unit, c
     }
 }
 
-}  // namespace
-
-namespace {
-
 // The depthwise half of a separable block for strips of 16 pixels from `x` on, `joined` of the map's in each, into
 // (n, 16, depth). Few channels: the depthwise convolution is a dense one of tiles (w0, bias p3).
 void depthwise_strips(const Context &ctx, int64_t y, int64_t n, int64_t x, int columns, int64_t depth, bf16 *out) {
@@ -223,6 +226,7 @@ void depthwise_strips(const Context &ctx, int64_t y, int64_t n, int64_t x, int c
     }
     const TileLayer layer{3 * steps,
                           strides,
+                          nullptr,
                           reinterpret_cast<const bf16 *>(ctx.weight(b.w0)),
                           ctx.weight(b.p3),
                           1,
@@ -248,9 +252,41 @@ void depthwise_strips(const Context &ctx, int64_t y, int64_t n, int64_t x, int c
     for (; r < n; ++r) depthwise<2, 1>(rows + 2 * r, columns, cs, depth, w, out + r * row_size, row_size, act, slope);
   }
 }
+#endif
 
 }  // namespace
 
+#if defined(FF_ENGINE_DOTS)
+void separable_bf16(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t s = b.stride, cs = ctx.a.cs, row_size = kTilePixels * cs;
+  const bool packed = cs == 8 && s == 1;
+  auto *buffer = reinterpret_cast<bf16 *>(ctx.own());  // (n, 16, cs); packed: (n, 2, 16, 4)
+  TileLayer layer = layer_of(ctx);
+  const int64_t strides[2] = {packed ? 4 : cs, 4}, pairs[2] = {packed ? 2 : cs / 2, 2};
+  layer.steps = packed ? 2 : 1, layer.strides = strides, layer.pairs = pairs;
+  const bf16 *rows[2 * kMaxRows + 1];
+  for (int64_t i = 0; i < (n - 1) * s + 3; ++i) rows[i] = input(ctx, ctx.a, y * s - 1 + i, -1);
+  const Depthwise depthwise{ctx.weight(b.w0), cs, s, static_cast<int>(b.mode), V(ctx.slope())};
+  for (int64_t x = 0; x < ctx.o.w; x += kTilePixels) {
+    const int columns = static_cast<int>(std::min<int64_t>(kTilePixels, ctx.o.w - x));
+    const bf16 *from[2 * kMaxRows + 1];
+    for (int64_t i = 0; i < (n - 1) * s + 3; ++i) {
+      const int64_t row = y * s - 1 + i;
+      from[i] = rows[i] + (row >= 0 && row < ctx.a.h ? x * s * cs : 0);
+    }
+    multiply_depthwise(depthwise, from, n, columns, buffer, row_size);
+    Strip strips[kMaxRows];
+    const bf16 *taps[kMaxRows][2];
+    for (int64_t r = 0; r < n; ++r) {
+      taps[r][0] = buffer + r * row_size, taps[r][1] = taps[r][0] + row_size / 2;
+      strips[r] = Strip{taps[r], output(ctx, y + r, x), columns};
+    }
+    multiply_tiles(layer, strips, static_cast<int>(n));
+  }
+  finish_rows(ctx, y, n);
+}
+#else
 // Few channels: p4 pixels make one of 16 numbers.
 void separable_bf16(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
@@ -275,6 +311,7 @@ void separable_bf16(const Context &ctx, int64_t y, int64_t n) {
   }
   finish_rows(ctx, y, n);
 }
+#endif
 
 // Of up to three inputs side by side; of one that is gated as it is read, if it is 1x1. Pixels of a row of the kernel
 // are one run of numbers, cut into steps of 32.
@@ -288,9 +325,9 @@ void conv_bf16(const Context &ctx, int64_t y, int64_t n) {
   auto *buffer = reinterpret_cast<bf16 *>(spatial + (gated ? n * b.maps_row : 0));
   if (gated) spatial_rows_bf16(ctx, y, n, spatial);
   const Map *inputs[3] = {&ctx.a, gated ? nullptr : &ctx.b, gated ? nullptr : &ctx.c};
-  int64_t strides[kMaxSteps], next[kMaxRows][kMaxSteps];  // from one strip to the next
+  int64_t strides[kMaxSteps], pairs[kMaxSteps], next[kMaxRows][kMaxSteps];  // from one strip to the next
   const bf16 *taps[kMaxRows][kMaxSteps];
-  layer.strides = strides;
+  layer.strides = strides, layer.pairs = pairs;
   for (int64_t r = 0; r < n; ++r) {
     int64_t steps = 0;
     for (const Map *in : inputs) {
@@ -298,8 +335,9 @@ void conv_bf16(const Context &ctx, int64_t y, int64_t n) {
       for (int64_t ky = 0; ky < k; ++ky) {
         const int64_t row = (y + r) * s - k / 2 + ky;
         const bf16 *run = gated ? buffer + r * gated_row : input(ctx, *in, row, -(k / 2));
-        for (int64_t i = 0; i < k * in->cs; i += kTileDepth, ++steps) {
+        for (int64_t i = 0; i < k * in->cs; i += kMaxRun, ++steps) {
           taps[r][steps] = run + i;
+          pairs[steps] = std::min(kMaxRun, k * in->cs - i) / 2;
           strides[steps] = s * in->cs;
           next[r][steps] = gated || row < 0 || row >= in->h ? 0 : kTilePixels * strides[steps];
         }

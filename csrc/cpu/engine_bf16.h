@@ -1,5 +1,6 @@
-// bfloat16 in the engine: conversions, and products of tiles with float32 sums. With AMX (libffcpu_amx) a tile is a
-// register; elsewhere the same code runs on arrays, slowly, so that every machine can test it.
+// bfloat16 in the engine: conversions, and products with float32 sums. With AMX (libffcpu_amx) these are products of
+// tiles, which are registers. With AVX512-BF16 alone (libffcpu_avx512_bf16) they are dot products of pairs of numbers.
+// Elsewhere the code for tiles runs on arrays, slowly, so that every machine can test it.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +12,13 @@
 namespace ff::engine {
 
 using bf16 = uint16_t;  // the upper half of a float32
+
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define FF_ENGINE_DOTS
+constexpr bool kDots = true;
+#else
+constexpr bool kDots = false;
+#endif
 
 constexpr int kTilePixels = 16, kTileDepth = 32, kTileChannels = 16;
 constexpr int64_t kTileWeights = kTileDepth * kTileChannels;
@@ -69,7 +77,13 @@ inline void clear_border_bf16(const Map &map, int64_t y) {
 
 // Eight tiles: 0 to 3 sums of 16 pixels x 16 channels, 4 and 5 pixels of 32 numbers, 6 and 7 weights of 32 x 16
 // numbers, stored as 16 rows of pairs. While an object lives its thread may use them.
-#if defined(__AMX_BF16__)
+#if defined(FF_ENGINE_DOTS)
+
+struct Tiles {
+  static void configure(int = kTileDepth, int = kTilePixels) {}
+};
+
+#elif defined(__AMX_BF16__)
 
 class Tiles {
  public:
@@ -159,9 +173,10 @@ void tile_multiply() {
 
 #endif
 
-// A dense layer of strips of 16 pixels, each of `steps` runs of 32 numbers. Pixels of run a[s] are strides[s] numbers
-// apart. Weights are panels of up to two tiles of channels, each (steps, tiles, 16, 16, 2).
+// A dense layer of strips of 16 pixels, each of `steps` runs of 2 pairs[s] numbers; in tiles, of 32. Pixels of run a[s]
+// are strides[s] numbers apart. Weights are panels of up to two tiles of channels, each (pairs, tiles, 16, 2).
 constexpr int kMaxSteps = 72;
+constexpr int64_t kMaxRun = kDots ? INT64_MAX / 2 : kTileDepth;
 struct Strip {
   const bf16 *const *a;
   void *out;
@@ -169,7 +184,7 @@ struct Strip {
 };
 struct TileLayer {
   int64_t steps;
-  const int64_t *strides;
+  const int64_t *strides, *pairs;
   const bf16 *weights;
   const float *bias;  // 16 per tile of channels
   int64_t tiles;      // of channels
@@ -180,5 +195,21 @@ struct TileLayer {
   bool as_float;       // the output is float32
 };
 void multiply_tiles(const TileLayer &layer, const Strip *strips, int count);
+
+#if defined(FF_ENGINE_DOTS)
+// A depthwise 3x3 convolution as dot products of rows. Channels are taken in blocks of 32 (or cs); a half of a block is
+// every other four of them. Weights are, for every half, (12, lanes, 2) pairs and the bias: for the taps of a row of the
+// kernel pairs of weights of rows (0, 1), (2, -), (-, 0), (1, 2).
+struct Depthwise {
+  const float *weights;
+  int64_t cs, stride;
+  int act;
+  V slope;
+};
+// Rows of up to 16 pixels, `rows` from pixel -1 on, into rows of `row_size` numbers. A pixel's channels are in the order
+// of the halves; where a map of stride 1 has 8 channels, the first halves of all pixels come before the second.
+void multiply_depthwise(const Depthwise &layer, const bf16 *const *rows, int64_t n, int columns, bf16 *out,
+                        int64_t row_size);
+#endif
 
 }  // namespace ff::engine

@@ -139,9 +139,10 @@ void stem_bf16(const Context &ctx, int64_t y, int64_t n) {
     std::memset(line + end, 0, (row_size - end) * sizeof(bf16));
   }
   Tiles::configure(16);
-  int64_t strides[3] = {6 * joined, 6 * joined, 6 * joined};
+  const int64_t strides[3] = {6 * joined, 6 * joined, 6 * joined}, pairs[3] = {8, 8, 8};
   TileLayer layer{3,
                   strides,
+                  pairs,
                   reinterpret_cast<const bf16 *>(ctx.weight(b.w1)),
                   ctx.weight(b.w2),
                   b.p3,
@@ -294,10 +295,10 @@ FF_INLINE void combine_quarters(const V (&in)[16], V (&quarters)[4], Op op) {
   }
 }
 
-// Sums and maxima over groups of `size` channels (8, 16 or a multiple of 32) times their gates, of 16 pixels; those of
-// group g go to mean + 2 g plane and most + 2 g plane.
-void group_maps(const bf16 *in, int64_t cs, int64_t channels, int64_t size, const float *gates, bf16 *mean, bf16 *most,
-                int64_t plane) {
+// Means and maxima over groups of `size` channels (8, 16 or a multiple of 32) times their gates, of 16 pixels:
+// store(group, mean, maximum).
+template <class Store>
+void group_maps(const bf16 *in, int64_t cs, int64_t channels, int64_t size, const float *gates, const Store &store) {
   const int64_t span = std::max<int64_t>(size, 32), inside = span / size;
   const V scale(1.0f / static_cast<float>(size));
   for (int64_t c = 0; c < channels; c += span) {
@@ -322,15 +323,15 @@ void group_maps(const bf16 *in, int64_t cs, int64_t channels, int64_t size, cons
         top[q] = max_keep(top[q], top[q + width]);
       }
     for (int64_t g = 0; g < inside; ++g) {
-      const int64_t q = g * (4 / inside), at = (c / size + g) * 2 * plane;
-      narrow(sum[q] * scale, mean + at);
-      narrow(top[q], most + at);
+      const int64_t q = g * (4 / inside);
+      store(c / size + g, sum[q] * scale, top[q]);
     }
   }
 }
 #else
 constexpr bool kReduces = false;
-void group_maps(const bf16 *, int64_t, int64_t, int64_t, const float *, bf16 *, bf16 *, int64_t) {}
+template <class Store>
+void group_maps(const bf16 *, int64_t, int64_t, int64_t, const float *, const Store &) {}
 #endif
 
 bf16 narrowed(float x) {
@@ -346,7 +347,7 @@ float wide(bf16 x) {
 
 }  // namespace
 
-// As maps(), of a bfloat16 map, and as one.
+// As maps(), of a bfloat16 map, and as one; for dot products mean and maximum of a pixel are a pair.
 void maps_bf16(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
   const int64_t groups = b.groups, size = b.a_c / groups, plane = b.p1, cs = ctx.a.cs, width = ctx.o.w;
@@ -357,10 +358,21 @@ void maps_bf16(const Context &ctx, int64_t y, int64_t n) {
   for (int64_t r = 0; r < n; ++r) {
     const bf16 *row = pixels(ctx.a, y + r);
     auto *planes = reinterpret_cast<bf16 *>(ctx.o.at(y + r));
-    bf16 *mean = planes + b.p0 * plane + kMapMargin, *most = planes + (1 - b.p0) * plane + kMapMargin;
+    constexpr int64_t kPixel = kDots ? 2 : 1;
+    bf16 *mean = planes + (kDots ? b.p0 : b.p0 * plane) + kPixel * kMapMargin;
+    bf16 *most = planes + (kDots ? 1 - b.p0 : (1 - b.p0) * plane) + kPixel * kMapMargin;
     if (fast) {
       for (int64_t x = 0; x < width; x += 16)
-        group_maps(row + x * cs, cs, b.a_c, size, gates, mean + x, most + x, plane);
+        group_maps(row + x * cs, cs, b.a_c, size, gates, [&](int64_t g, V sum, V top) {
+          const int64_t at = 2 * g * plane + kPixel * x;
+          if constexpr (kDots) {
+            const Pair both = b.p0 ? Pair{top, sum} : Pair{sum, top};
+            both.store(std::min(mean, most) + at);
+          } else {
+            narrow(sum, mean + at);
+            narrow(top, most + at);
+          }
+        });
     } else {
       for (int64_t x = 0; x < width; ++x)
         for (int64_t g = 0; g < groups; ++g) {
@@ -370,17 +382,19 @@ void maps_bf16(const Context &ctx, int64_t y, int64_t n) {
             sum += value;
             top = i == 0 || top < value ? value : top;
           }
-          mean[2 * g * plane + x] = narrowed(sum / static_cast<float>(size));
-          most[2 * g * plane + x] = narrowed(top);
+          mean[2 * g * plane + kPixel * x] = narrowed(sum / static_cast<float>(size));
+          most[2 * g * plane + kPixel * x] = narrowed(top);
         }
     }
-    for (int64_t m = 0; m < 2 * groups; ++m, planes += plane) {
-      std::fill(planes, planes + kMapMargin, bf16(0));
-      std::fill(planes + kMapMargin + width, planes + plane, bf16(0));
+    const int64_t line = kPixel * plane;
+    for (int64_t m = 0; m < 2 * groups / kPixel; ++m, planes += line) {
+      std::fill(planes, planes + kPixel * kMapMargin, bf16(0));
+      std::fill(planes + kPixel * (kMapMargin + width), planes + line, bf16(0));
     }
   }
 }
 
+#if !defined(FF_ENGINE_DOTS)
 namespace {
 
 // Adds the convolution of one row of up to 16 segments of 16 outputs with row ky of two planes to tile C.
@@ -434,6 +448,7 @@ void spatial_rows_bf16(const Context &ctx, int64_t y, int64_t n, float *out) {
   for (int64_t r = 0; r < n * b.groups; ++r)
     for (int64_t x = 0; x < width; x += L) sigmoid(V::load(out + r * plane + x)).store(out + r * plane + x);
 }
+#endif
 
 namespace {
 
@@ -502,8 +517,10 @@ void head_bf16(const Context &ctx, int64_t y, int64_t n) {
   float *buffer = ctx.own();
   int64_t strides[8];
   std::fill(strides, strides + 8, cs);
-  TileLayer layer{(cs + kTileDepth - 1) / kTileDepth,
+  const int64_t run = std::min(cs, kMaxRun), pairs[1] = {cs / 2};
+  TileLayer layer{(cs + run - 1) / run,
                   strides,
+                  pairs,
                   reinterpret_cast<const bf16 *>(ctx.weight(b.w0)),
                   ctx.weight(b.w1),
                   b.p0,

@@ -16,16 +16,30 @@ from .graph import Folded, Gate, Node, Value
 
 DEPTH, CHANNELS = 32, 16
 """``kTileDepth`` and ``kTileChannels`` of csrc/cpu/engine_bf16.h."""
+TILES, DOTS = 1, 2
+"""How bfloat16 is multiplied, as ``ff_cpu_engine_bf16`` says; tiles where it says 0, too."""
 BF16_KINDS = ("separable", "conv", "fuse", "apply", "mix")
 
 
 class Bf16Builder(Builder):
     """What differs from float32:
 
-    - dense convolutions are cheap, and grouped ones are made dense: context blocks are convolutions of NHWC maps, and
-      a BiFPN node's depthwise and 1x1 convolutions, which have nothing between them, are one 3x3 convolution;
+    - dense convolutions are cheap, and grouped ones are made dense: context blocks are convolutions of NHWC maps, and,
+      where tiles are multiplied, a BiFPN node's depthwise and 1x1 convolutions, which have nothing between them, are
+      one 3x3 convolution;
     - deformable convolutions and the mixing of levels stay float32, with conversions around them.
     """
+
+    def __init__(self, lanes: int, products: int = TILES) -> None:
+        super().__init__(lanes)
+        self.dots = products == DOTS
+        self.step = 2 if self.dots else DEPTH
+        """Runs of numbers are padded to a multiple of this."""
+
+    def _tiled(self, weight: np.ndarray, channels: int) -> np.ndarray:
+        """(O, N), N a multiple of ``step`` -> ``TileLayer::weights`` for that many output channels."""
+        weight = padded(weight, channels)
+        return panels(weight.reshape(channels // CHANNELS, CHANNELS, -1, self.step // 2, 2))
 
     def _add(self, node: Node) -> Value:
         if node.kind in BF16_KINDS:
@@ -87,13 +101,12 @@ class Bf16Builder(Builder):
         for j in range(joined):
             weight[j, :out, :, 6 * j : 6 * j + 9] = folded.weight.transpose(0, 2, 3, 1).reshape(out, 3, 9)
         tiles = joined * cs // CHANNELS
-        packed = weight.reshape(tiles, CHANNELS, 3, DEPTH // 4, 2)
-        # A run of 16 numbers fills half of a tile's rows.
-        packed = np.concatenate([packed, np.zeros_like(packed)], axis=3)
+        if not self.dots:  # a run of 16 numbers fills half of a tile's rows
+            weight = np.concatenate([weight, np.zeros_like(weight)], axis=3)
         node = Node("stem", self._name(conv, "stem"), [], out, 2, 3, macs=27 * out, low=True, cs=cs)
         node.fields = activation_fields(activation, negative_slope) | {
             "w0": self.weights.add(np.array(self.image_mean)),
-            "w1": self.weights.add(panels(packed)),
+            "w1": self.weights.add(self._tiled(weight.reshape(tiles * CHANNELS, -1), tiles * CHANNELS)),
             "w2": self.weights.add(np.tile(padded(folded.bias, cs), joined)),
             "p2": last_panel(joined * cs),
             "p3": tiles,
@@ -109,6 +122,9 @@ class Bf16Builder(Builder):
     def _depthwise(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> None:
         cs = node.inputs[0].cs
         taps, bias = padded(taps, cs), padded(bias, cs)
+        if self.dots:
+            node.fields["w0"] = self.weights.add(self._depthwise_pairs(node, taps, bias))
+            return
         if cs % DEPTH == 0:
             lines = np.concatenate([taps, bias[:, None]], axis=1).reshape(-1, self.lanes, 2, 10)
             node.fields["w0"] = self.weights.add(lines.transpose(0, 2, 3, 1))
@@ -122,10 +138,18 @@ class Bf16Builder(Builder):
                 at = j * node.stride * cs + c
                 runs[j * cs + c, :, at : at + 3 * cs : cs] = taps[c].reshape(3, 3)
         node.fields |= {
-            "w0": self.weights.add(tiled(runs.reshape(CHANNELS, -1), CHANNELS)),
+            "w0": self.weights.add(self._tiled(runs.reshape(CHANNELS, -1), CHANNELS)),
             "p3": self.weights.add(np.tile(bias, joined)),
             "p4": joined,
         }
+
+    def _depthwise_pairs(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """The weights that csrc/cpu/engine_bf16.h describes at ``Depthwise``."""
+        rows = np.pad(taps.reshape(-1, 3, 3), ((0, 0), (1, 1), (0, 0)))  # a row of zeros before and behind the kernel's
+        pairs = np.stack([rows[:, [i, j]] for i, j in ((1, 2), (3, 4), (0, 1), (2, 3))], axis=1)  # (C, 4, 2, 3)
+        halves = depthwise_halves(node.inputs[0].cs, node.stride)
+        weights = rounded(pairs[halves]).transpose(0, 2, 4, 1, 3).reshape(len(halves), -1)
+        return np.concatenate([weights, bias[halves].astype(np.float32).view(np.uint16)], axis=1)
 
     def _stored(self, node: Node, weight: np.ndarray, bias: np.ndarray) -> None:
         if node.kind == "deform":
@@ -140,7 +164,7 @@ class Bf16Builder(Builder):
             runs = self._runs(node, weight)
         tiles = -(-cs // CHANNELS)
         node.fields |= {
-            "w1": self.weights.add(tiled(runs, tiles * CHANNELS)),
+            "w1": self.weights.add(self._tiled(runs, tiles * CHANNELS)),
             "w2": self.weights.add(padded(bias, tiles * CHANNELS)),
             "w3": self._zeros,
             "p0": tiles,
@@ -155,6 +179,10 @@ class Bf16Builder(Builder):
         """The 1x1 half of a separable block: inputs in the order in which the depthwise half leaves them."""
         source = node.inputs[0].cs
         weight = padded(weight.T, source).T
+        if self.dots:
+            packed = source == 8 and node.stride == 1
+            order = np.arange(source) if packed else depthwise_halves(source, node.stride).reshape(-1)
+            return weight[:, order], bias, cs
         if source % DEPTH == 0:
             order = np.arange(source).reshape(-1, self.lanes, 2).transpose(0, 2, 1).reshape(-1)
             return weight[:, order], bias, cs
@@ -166,7 +194,7 @@ class Bf16Builder(Builder):
 
     def _runs(self, node: Node, weight: np.ndarray) -> np.ndarray:
         """(O, C, k * k) -> (O, N): for every input and row of the kernel the numbers of its pixels, to a multiple of
-        32."""
+        ``step``."""
         k, first, runs = node.kernel, 0, []
         sources = node.inputs if node.gate is None else node.inputs[:1]
         for source in sources:
@@ -175,7 +203,7 @@ class Bf16Builder(Builder):
                 weight[:, first : first + source.channels].reshape(len(weight), -1, k, k).transpose(0, 2, 3, 1)
             )
             part = part.reshape(len(weight), k, -1)
-            short = -part.shape[2] % DEPTH
+            short = -part.shape[2] % self.step
             runs.append(np.pad(part, ((0, 0), (0, 0), (0, short))).reshape(len(weight), -1))
             first += source.channels
         return np.concatenate(runs, axis=1)
@@ -188,18 +216,25 @@ class Bf16Builder(Builder):
         return gate
 
     def _spatial(self, folded: Folded) -> int:
-        """For each group and row of the kernel the Toeplitz matrix that takes 32 inputs to 16 outputs; the bias."""
+        """For each group and row of the kernel the Toeplitz matrix that takes 32 inputs to 16 outputs; the bias. For
+        dot products the 49 pairs of weights of mean and maximum; the bias."""
+        if self.dots:
+            pairs = rounded(folded.weight.transpose(0, 2, 3, 1)).reshape(folded.groups, -1)
+            bias = folded.bias.astype(np.float32)[:, None].view(np.uint16)
+            return self.weights.add(np.concatenate([pairs, bias], axis=1))
         matrices = np.zeros((folded.groups, 14, CHANNELS, DEPTH))
         for out in range(CHANNELS):
             matrices[:, :, out, out : out + 7] = folded.weight.reshape(folded.groups, 14, 7)
         offsets = []
         for group, bias in zip(matrices, folded.bias):
             runs = group.transpose(1, 0, 2).reshape(CHANNELS, -1)
-            offsets.append(self.weights.add(tiled(runs, CHANNELS)))
+            offsets.append(self.weights.add(self._tiled(runs, CHANNELS)))
             self.weights.add(np.full(CHANNELS, bias))
         return offsets[0]
 
     def _separable_folded(self, x: Value, depthwise: Conv, second: Folded, shuffle_groups: int) -> Value:
+        if self.dots:
+            return super()._separable_folded(x, depthwise, second, shuffle_groups)
         first, order = Folded(depthwise, None), shuffle_order(second.out_channels, shuffle_groups)
         dense = second.dense()[order, :, 0, 0]
         weight = dense[:, :, None, None] * first.weight[:, 0]
@@ -267,8 +302,8 @@ class Bf16Builder(Builder):
         if not node.inputs[0].cs:
             return super()._predictors(node, weight, bias)
         node.low = True
-        weight = padded(weight.T, -(-node.inputs[0].cs // DEPTH) * DEPTH).T
-        return {"w0": self.weights.add(tiled(weight, len(weight))), "w1": self.weights.add(bias)}
+        weight = padded(weight.T, -(-node.inputs[0].cs // self.step) * self.step).T
+        return {"w0": self.weights.add(self._tiled(weight, len(weight))), "w1": self.weights.add(bias)}
 
 
 def numbers(channels: int) -> int:
@@ -286,14 +321,16 @@ def padded(values: np.ndarray, size: int) -> np.ndarray:
     return np.pad(values, [(0, size - len(values)), *[(0, 0)] * (values.ndim - 1)])
 
 
-def tiled(weight: np.ndarray, channels: int) -> np.ndarray:
-    """(O, N), N a multiple of 32 -> ``TileLayer::weights`` for that many output channels."""
-    weight = padded(weight, channels)
-    return panels(weight.reshape(channels // CHANNELS, CHANNELS, -1, DEPTH // 2, 2))
+def depthwise_halves(cs: int, stride: int) -> np.ndarray:
+    """(halves, lanes): the channels of the halves of all blocks of ``Depthwise``."""
+    if cs == 8 and stride == 1:
+        return np.stack([np.tile(np.arange(4), 4), np.tile(np.arange(4, 8), 4)])
+    size = min(cs, 32)
+    return np.arange(cs).reshape(-1, size // 8, 2, 4).transpose(0, 2, 1, 3).reshape(-1, size // 2)
 
 
 def panels(weight: np.ndarray) -> np.ndarray:
-    """(tiles, 16, steps, 16, 2) -> panels of up to two tiles, each (steps, tiles, 16, 16, 2), as bfloat16."""
+    """(tiles, 16, steps, rows, 2) -> panels of up to two tiles, each (steps, tiles, rows, 16, 2), as bfloat16."""
     parts = [weight[i : i + 2].transpose(2, 0, 3, 1, 4).reshape(-1) for i in range(0, len(weight), 2)]
     return rounded(np.concatenate(parts))
 

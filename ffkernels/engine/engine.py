@@ -34,8 +34,8 @@ def unavailable() -> str | None:
 
 
 def computed_dtype(dtype: str) -> str:
-    """What an engine of this dtype computes in with the kernels that are loaded: bfloat16 needs AMX."""
-    return dtype if module()[0].ff_cpu_engine_tiles() else "float32"
+    """What an engine of this dtype computes in with the kernels that are loaded: bfloat16 needs AVX512-BF16."""
+    return dtype if module()[0].ff_cpu_engine_bf16() else "float32"
 
 
 class Faces(NamedTuple):
@@ -116,7 +116,10 @@ class Engine:
         self._lanes = native.ff_cpu_engine_lanes()
         self._fields = native.ff_cpu_engine_fields().strip(",").split(",")
         self.computes = computed_dtype(dtype)
-        builder = (Bf16Builder if self.computes == "bfloat16" else Builder)(self._lanes)
+        if self.computes == "bfloat16":
+            builder = Bf16Builder(self._lanes, native.ff_cpu_engine_bf16())
+        else:
+            builder = Builder(self._lanes)
         builder.name_parameters(model)
         builder.describe(model)
         if outputs == "detections" and builder.priors is None:

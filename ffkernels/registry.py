@@ -169,11 +169,14 @@ def explain(op: str, policy: Policy, request: Request) -> Selection:
     return _resolve(op, policy, request)
 
 
-@torch.compiler.assume_constant_result
 def _constant_explain(op: str, mode: str, backend: str, *request: Any) -> tuple[str, str]:
     *head, facts, size = request
     selection = explain(op, Policy(mode, backend), Request(*head, dict(facts), size))
     return selection.backend, selection.reason
+
+
+# All that torch.compiler.assume_constant_result does, but that imports torch._dynamo, which takes seconds.
+_constant_explain._dynamo_marked_constant = True
 
 
 def select(op: str, x: Tensor, policy: Policy, needs_grad: bool = False, **facts: Any) -> str:

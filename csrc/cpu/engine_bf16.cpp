@@ -313,10 +313,46 @@ void separable_bf16(const Context &ctx, int64_t y, int64_t n) {
 }
 #endif
 
+#if defined(FF_ENGINE_DOTS)
+namespace {
+
+void conv_grouped(const Context &ctx, int64_t y, int64_t n) {
+  const Block &b = *ctx.block;
+  const int64_t cs = ctx.a.cs;
+  const Grouped layer{static_cast<Grouping>(b.p4),
+                      reinterpret_cast<const bf16 *>(ctx.weight(b.w1)),
+                      ctx.weight(b.w2),
+                      static_cast<int>(b.act),
+                      V(ctx.slope()),
+                      ctx.o.cs,
+                      b.p3 == 1};
+  for (int64_t r = 0; r < n; ++r) {
+    const bf16 *rows[3];
+    int64_t next[3];
+    for (int64_t ky = 0; ky < 3; ++ky) {
+      const int64_t row = y + r - 1 + ky;
+      rows[ky] = input(ctx, ctx.a, row, -1);
+      next[ky] = row < 0 || row >= ctx.a.h ? 0 : kGroupedPixels * cs;
+    }
+    for (int64_t x = 0; x < ctx.o.w; x += kGroupedPixels) {
+      const int count = static_cast<int>(std::min<int64_t>(kGroupedPixels, ctx.o.w - x));
+      multiply_groups(layer, rows, count, static_cast<bf16 *>(output(ctx, y + r, x)));
+      for (int ky = 0; ky < 3; ++ky) rows[ky] += next[ky];
+    }
+  }
+  finish_rows(ctx, y, n);
+}
+
+}  // namespace
+#endif
+
 // Of up to three inputs side by side; of one that is gated as it is read, if it is 1x1. Pixels of a row of the kernel
 // are one run of numbers, cut into steps of 32.
 void conv_bf16(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
+#if defined(FF_ENGINE_DOTS)
+  if (b.p4 != kDense) return conv_grouped(ctx, y, n);
+#endif
   const int64_t s = b.stride, k = b.kernel;
   TileLayer layer = layer_of(ctx);
   const bool gated = b.gate >= 0;

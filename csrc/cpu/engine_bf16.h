@@ -210,6 +210,26 @@ struct Depthwise {
 // of the halves; where a map of stride 1 has 8 channels, the first halves of all pixels come before the second.
 void multiply_depthwise(const Depthwise &layer, const bf16 *const *rows, int64_t n, int columns, bf16 *out,
                         int64_t row_size);
+
+// A 3x3 convolution of four groups of channels. Weights are (3, 3, pairs, 16, 2), lane by lane of the sums.
+enum Grouping {
+  kDense,
+  kQuads,   // 32 channels to 16: a pixel's sums are a vector, a group's a quarter of it
+  kTwins,   // 32 to 8: two sums of a group for two pixels are a quarter
+  kDoubled  // 8 to 8 from a map that has every pair of numbers twice; two pixels' sums are a vector
+};
+struct Grouped {
+  Grouping grouping;
+  const bf16 *weights;
+  const float *bias;
+  int act;
+  V slope;
+  int64_t out_stride;
+  bool doubled;  // the output has every pair twice
+};
+constexpr int kGroupedPixels = 8;
+// Pixels 0 to 7 of a row, from three rows of the input from pixel -1 on.
+void multiply_groups(const Grouped &layer, const bf16 *const (&rows)[3], int pixels, bf16 *out);
 #endif
 
 }  // namespace ff::engine

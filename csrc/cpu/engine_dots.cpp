@@ -279,6 +279,129 @@ void multiply_depthwise(const Depthwise &layer, const bf16 *const *rows, int64_t
 
 namespace {
 
+constexpr int kGroupPairs = 4;  // of a group of 8 channels
+
+// Sums of pixels 0 to 7.
+FF_INLINE void add_quads(const bf16 *const (&rows)[3], const bf16 *weights, V (&acc)[8]) {
+  for (int ky = 0; ky < 3; ++ky, weights += 3 * kGroupPairs * 32) {
+    __m512i w[3 * kGroupPairs];
+#pragma GCC unroll 12
+    for (int i = 0; i < 3 * kGroupPairs; ++i) w[i] = load(weights + 32 * i);
+#pragma GCC unroll 10
+    for (int j = 0; j < 10; ++j) {
+      const __m512i pixel = load(rows[ky] + 32 * j);
+      const __m512i pairs[kGroupPairs] = {_mm512_shuffle_epi32(pixel, _MM_PERM_AAAA),
+                                          _mm512_shuffle_epi32(pixel, _MM_PERM_BBBB),
+                                          _mm512_shuffle_epi32(pixel, _MM_PERM_CCCC),
+                                          _mm512_shuffle_epi32(pixel, _MM_PERM_DDDD)};
+#pragma GCC unroll 4
+      for (int k = 0; k < kGroupPairs; ++k)
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx)
+          if (j - kx >= 0 && j - kx < 8) acc[j - kx] = dot(acc[j - kx], pairs[k], w[kx * kGroupPairs + k]);
+    }
+  }
+}
+
+template <int K>
+FF_INLINE __m512i twin_pairs(__m512i pixel, __m512i next) {
+  return (__m512i)_mm512_shuffle_ps((__m512)pixel, (__m512)next, K * 0x55);
+}
+
+// Sums of pixels 2 i and 2 i + 1, those of even and of odd pairs apart.
+FF_INLINE void add_twins(const bf16 *const (&rows)[3], const bf16 *weights, V (&acc)[4][2]) {
+  for (int ky = 0; ky < 3; ++ky, weights += 3 * kGroupPairs * 32) {
+    __m512i w[3 * kGroupPairs];
+#pragma GCC unroll 12
+    for (int i = 0; i < 3 * kGroupPairs; ++i) w[i] = load(weights + 32 * i);
+#pragma GCC unroll 9
+    for (int j = 0; j < 9; ++j) {
+      const __m512i pixel = load(rows[ky] + 32 * j), next = load(rows[ky] + 32 * j + 32);
+      const __m512i pairs[kGroupPairs] = {twin_pairs<0>(pixel, next), twin_pairs<1>(pixel, next),
+                                          twin_pairs<2>(pixel, next), twin_pairs<3>(pixel, next)};
+#pragma GCC unroll 4
+      for (int k = 0; k < kGroupPairs; ++k)
+#pragma GCC unroll 3
+        for (int kx = 0; kx < 3; ++kx) {
+          const int at = j - kx;
+          if (at % 2 == 0 && at >= 0 && at < 8) {
+            V &sum = acc[at / 2][k % 2];
+            sum = dot(sum, pairs[k], w[kx * kGroupPairs + k]);
+          }
+        }
+    }
+  }
+}
+
+FF_INLINE void add_doubled(const bf16 *const (&rows)[3], const bf16 *weights, V (&acc)[4]) {
+  for (int ky = 0; ky < 3; ++ky)
+#pragma GCC unroll 3
+    for (int kx = 0; kx < 3; ++kx, weights += 32) {
+      const __m512i w = load(weights);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) acc[i] = dot(acc[i], load(rows[ky] + 16 * (2 * i + kx)), w);
+    }
+}
+
+alignas(64) constexpr int32_t kTwinsOut[16] = {0, 2, 4, 6, 1, 3, 5, 7, 0, 0, 0, 0, 0, 0, 0, 0};
+alignas(64) constexpr int32_t kTwinsDoubled[16] = {0, 0, 2, 2, 4, 4, 6, 6, 1, 1, 3, 3, 5, 5, 7, 7};
+alignas(64) constexpr int32_t kDoubledOut[16] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
+
+// Two pixels of 8 channels, of which `order` says where their pairs are.
+FF_INLINE void store_twins(V sums, const int32_t *order, const Grouped &layer, bf16 *out) {
+  const __m512i both = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh(sums.v));
+  const __m512i ordered = order == nullptr ? both : _mm512_permutexvar_epi32(_mm512_load_si512(order), both);
+  if (layer.doubled) {
+    _mm512_storeu_si512(out, ordered);
+    return;
+  }
+  const __m256i low = _mm512_castsi512_si256(ordered);
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(low));
+  _mm_storeu_si128(reinterpret_cast<__m128i *>(out + layer.out_stride), _mm256_extracti128_si256(low, 1));
+}
+
+}  // namespace
+
+void multiply_groups(const Grouped &layer, const bf16 *const (&rows)[3], int pixels, bf16 *out) {
+  static_assert(kGroupedPixels == 8);
+  if (pixels < kGroupedPixels) {
+    alignas(64) bf16 spare[kGroupedPixels * 16];
+    Grouped whole = layer;
+    const int64_t numbers = layer.grouping == kQuads || layer.doubled ? 16 : 8;
+    whole.out_stride = numbers;
+    multiply_groups(whole, rows, kGroupedPixels, spare);
+    for (int m = 0; m < pixels; ++m)
+      std::memcpy(out + m * layer.out_stride, spare + m * numbers, numbers * sizeof(bf16));
+    return;
+  }
+  const V bias = V::load(layer.bias);
+  with_activation(layer.act, layer.slope, [&](auto act) {
+    if (layer.grouping == kQuads) {
+      V acc[8] = {bias, bias, bias, bias, bias, bias, bias, bias};
+      add_quads(rows, layer.weights, acc);
+#pragma GCC unroll 8
+      for (int m = 0; m < 8; ++m)
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + m * layer.out_stride),
+                            (__m256i)_mm512_cvtneps_pbh(act(acc[m]).v));
+    } else if (layer.grouping == kTwins) {
+      V acc[4][2] = {{bias, V::zero()}, {bias, V::zero()}, {bias, V::zero()}, {bias, V::zero()}};
+      add_twins(rows, layer.weights, acc);
+      const int32_t *order = layer.doubled ? kTwinsDoubled : kTwinsOut;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        store_twins(act(acc[i][0] + acc[i][1]), order, layer, out + 2 * i * layer.out_stride);
+    } else {
+      V acc[4] = {bias, bias, bias, bias};
+      add_doubled(rows, layer.weights, acc);
+      const int32_t *order = layer.doubled ? kDoubledOut : nullptr;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store_twins(act(acc[i]), order, layer, out + 2 * i * layer.out_stride);
+    }
+  });
+}
+
+namespace {
+
 // R rows of X vectors of sigmoid(bias + 7x7 convolution of pairs of a mean and a maximum). `lines` is the first row of
 // the first window, of which rows lo .. hi - 1 exist.
 template <int R, int X>

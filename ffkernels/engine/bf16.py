@@ -18,6 +18,8 @@ DEPTH, CHANNELS = 32, 16
 """``kTileDepth`` and ``kTileChannels`` of csrc/cpu/engine_bf16.h."""
 TILES, DOTS = 1, 2
 """How bfloat16 is multiplied, as ``ff_cpu_engine_bf16`` says; tiles where it says 0, too."""
+QUADS, TWINS, DOUBLED = 1, 2, 3
+"""``Grouping`` of csrc/cpu/engine_bf16.h."""
 BF16_KINDS = ("separable", "conv", "fuse", "apply", "mix")
 
 
@@ -161,6 +163,9 @@ class Bf16Builder(Builder):
         else:
             if node.inputs[0].kind == "parts":
                 node.inputs = node.inputs[0].inputs
+            if (grouping := self._grouping(node)) is not None:
+                self._stored_groups(node, grouping, weight.reshape(*weight.shape[:2], 9), bias)
+                return
             runs = self._runs(node, weight)
         tiles = -(-cs // CHANNELS)
         node.fields |= {
@@ -170,6 +175,33 @@ class Bf16Builder(Builder):
             "p0": tiles,
             "p1": 0,
             "p2": last_panel(cs),
+            "p4": 0,
+            "p5": 0,
+        }
+
+    def _grouping(self, node: Node) -> int | None:
+        """``Grouping`` of csrc/cpu/engine_bf16.h, if the convolution has one."""
+        source = node.inputs[0]
+        if not self.dots or (node.groups, node.kernel, node.stride) != (4, 3, 1) or node.gate is not None:
+            return None
+        kinds = {(32, 32, 16): QUADS, (32, 32, 8): TWINS, (8, 16, 8): DOUBLED}
+        return kinds.get((source.channels, source.cs, node.channels))
+
+    def _stored_groups(self, node: Node, grouping: int, weight: np.ndarray, bias: np.ndarray) -> None:
+        """The weights that csrc/cpu/engine_bf16.h describes at ``Grouped``."""
+        lane = np.arange(CHANNELS)
+        out = {QUADS: lane, TWINS: lane // 4 * 2 + lane % 2, DOUBLED: lane % 8}[grouping]
+        per_group = node.inputs[0].channels // 4
+        first = out // (node.channels // 4) * per_group
+        source = first[:, None] + np.arange(per_group)
+        packed = weight[out[:, None], source].reshape(CHANNELS, -1, 2, 9).transpose(3, 1, 0, 2)
+        node.fields |= {
+            "w1": self.weights.add(rounded(packed)),
+            "w2": self.weights.add(bias[out]),
+            "w3": self._zeros,
+            "p1": 0,
+            "p3": 0,
+            "p4": grouping,
             "p5": 0,
         }
 
@@ -253,14 +285,19 @@ class Bf16Builder(Builder):
         pending = x.gate is not None
         x = self._stored_map(x)
         x.node.joins = pending
+        shapes = [(c.groups, c.weight.shape[0]) for c in convs]
+        doubles = self.dots and x.channels == 32 and shapes == [(4, 16), *[(4, 8)] * 4]
 
-        def conv(source: Value, index: int) -> Value:
+        def conv(source: Value, index: int, inner: bool = False) -> Value:
             value = self.conv(source, convs[index], bns[index], "relu")
             value.node.joins = True
+            if inner and doubles:
+                value.node.cs = 16
+                value.node.fields["p3"] = 1
             return value
 
-        shared = conv(x, 1)
-        parts = [conv(x, 0).node, conv(shared, 2).node, conv(conv(shared, 3), 4).node]
+        shared = conv(x, 1, inner=True)
+        parts = [conv(x, 0).node, conv(shared, 2).node, conv(conv(shared, 3, inner=True), 4).node]
         channels = sum(part.channels for part in parts)
         whole = Node("parts", parts[0].name, parts, channels)
         order = tuple(shuffle_order(channels, shuffle_groups).tolist()) if shuffle_groups > 1 else None

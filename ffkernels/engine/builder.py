@@ -137,6 +137,7 @@ class Builder:
         if x.gate is not None and k != 1:
             x = self.materialised(x)
         node = Node("conv", self._name(conv, "conv"), [x.node], folded.out_channels, folded.stride, k)
+        node.groups = folded.groups
         node.fields = activation_fields(activation, negative_slope) | {"p3": folded.stride * k}
         self._attend(node, x)
         if node.gate is not None:

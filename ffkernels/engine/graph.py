@@ -51,6 +51,7 @@ class Node:
         inputs: up to three maps that it reads.
         channels: of its output.
         stride, kernel: of the window it reads of its inputs.
+        groups: of the convolution that it is.
         planar: its rows are planes of channels rather than pixels of channels.
         fields: constants of its row in the plan.
         pool: whether somebody needs the sum and maximum of its output over the pixels.
@@ -69,6 +70,7 @@ class Node:
     channels: int
     stride: int = 1
     kernel: int = 1
+    groups: int = 1
     planar: bool = False
     fields: dict[str, int] = field(default_factory=dict)
     pool: bool = False

@@ -45,6 +45,7 @@ namespace py = pybind11;
   X(ff_cpu_engine_fields)           \
   X(ff_cpu_engine_lanes)            \
   X(ff_cpu_engine_bf16)             \
+  X(ff_cpu_engine_peak)             \
   X(ff_cpu_deform_conv_workspace)   \
   X(ff_cpu_deform_conv_forward)     \
   X(ff_cpu_deform_conv_backward)    \

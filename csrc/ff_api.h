@@ -207,6 +207,9 @@ FF_EXPORT const char *ff_cpu_engine_fields(void);
 FF_EXPORT int ff_cpu_engine_lanes(void);
 // How bfloat16 is multiplied here: 0 in float32, for tests, 1 by tiles (AMX), 2 by dot products of pairs (AVX512-BF16).
 FF_EXPORT int ff_cpu_engine_bf16(void);
+// FLOP/s of `threads` threads that do nothing but multiply and add float32 (low: bfloat16, 0 where it is multiplied in
+// float32), measured for some hundredths of a second.
+FF_EXPORT double ff_cpu_engine_peak(int low, int threads);
 
 // Modulated deformable convolution, NHWC, H' x W' output: offset (batch, H', W', 2 K) as (dy, dx) per tap, mask (batch,
 // H', W', K), weight (O, C, kernel_h, kernel_w). stats not NULL: filled with the statistics of z and the

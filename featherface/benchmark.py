@@ -136,6 +136,7 @@ def contenders(device: str | torch.device = "cpu") -> dict[str, Callable[[Setup,
     table = {"eager": _eager, "channels_last": _channels_last, "fused": _fused, "torch.compile": _compiled}
     if torch.device(device).type == "cpu":
         table |= {
+            "torch.compile frozen": _frozen,
             "engine": _engine,
             "engine bf16": _engine_bf16,
             "onnxruntime": _onnxruntime,
@@ -330,6 +331,16 @@ def _compiled(setup: Setup, x: Tensor) -> Run:
     return lambda: model(x)
 
 
+def _frozen(setup: Setup, x: Tensor) -> Run:
+    """torch.compile with the weights as constants."""
+    from torch._inductor import config
+
+    run = _compiled(setup, x)
+    with config.patch(freezing=True):
+        run()
+    return run
+
+
 def _engine(setup: Setup, x: Tensor, dtype: str = "float32") -> Run:
     try:
         engine = importlib.import_module("ffkernels.engine")
@@ -337,7 +348,7 @@ def _engine(setup: Setup, x: Tensor, dtype: str = "float32") -> Run:
         raise Unavailable("this version of ffkernels has none") from None
     built = engine.build(setup.model, tuple(x.shape), dtype, threads=setup.threads, outputs="softmax")
     if built.computes != dtype:
-        raise Unavailable("this processor has no AMX")
+        raise Unavailable("this processor multiplies no bfloat16")
     return lambda: built(x)
 
 

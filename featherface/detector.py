@@ -98,8 +98,8 @@ class FaceDetector:
             batch. The result for an image does not depend on the others in the batch.
         top_k: candidates that enter non-maximum suppression.
         keep_top_k: most faces per image.
-        dtype: ``"float32"`` or ``"bfloat16"``: of the engine's convolutions. On processors without AMX the engine
-            computes in float32 either way (``detector.engine.computes``).
+        dtype: ``"float32"`` or ``"bfloat16"``: of the engine's convolutions. On processors without AVX512-BF16
+            the engine computes in float32 either way (``detector.engine.computes``).
 
     Raises:
         FeatherFaceError: an option is out of range, the device is not available, or bfloat16 is asked for where no

@@ -100,7 +100,9 @@ def test_stages_are_timed(model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch.compile", "engine", "onnxruntime", "openvino", "openvino bf16", "ncnn"])
+@pytest.mark.parametrize(
+    "name", ["torch.compile", "torch.compile frozen", "engine", "onnxruntime", "openvino", "openvino bf16", "ncnn"]
+)
 def test_every_contender_gives_the_same(model, name):
 
     setup = Setup(model, threads=1)

@@ -241,6 +241,12 @@ def test_plans_are_cached_and_bounded():
     first = next(iter(built._plans.values()))
     built(x)
     assert list(built._plans.values()) == [first]
+    built.prepare((2, 3, 16, 48))
+    assert len(built._plans) == 2
+    built(image(16, 48))
+    assert len(built._plans) == 2
+    with pytest.raises(ValueError, match="input_shape"):
+        built.prepare((3, 16))
     for width in range(33, 33 + 40):
         built(image(32, width))
     assert len(built._plans) <= 32
@@ -251,7 +257,18 @@ def test_plan_and_profile():
     text = built.plan()
     assert "separable" in text and "barriers" in text and "body.stage1" in text
     text = built.profile(image(64, 64), repeats=3)
-    assert "us in all" in text
+    assert "us in all" in text and "%" not in text
+    assert "% of 1.0" in built.profile(image(64, 64), repeats=3, peak=1.0)
+
+
+def test_peak():
+    one = engine.peak()
+    assert 0.1 < one < 1e4
+    assert engine.peak(threads=2) > 0.5 * one
+    low = engine.peak("bfloat16")
+    built = engine.build(randomised("featherface_v2"), (1, 3, 16, 16), dtype="bfloat16")
+    assert (low is not None) == (built.computes == "bfloat16")
+    assert low is None or low > 1.2 * one
 
 
 class Unplannable(nn.Module):
@@ -298,11 +315,13 @@ def test_errors():
 def test_other_instruction_set_loaded(isa):
     if len(cpu.instruction_sets()) < 2:
         pytest.skip("one instruction set only")
-    isa(cpu.instruction_sets()[-1])
+    *others, last = cpu.instruction_sets()
+    isa(last)
     built = engine.build(randomised("featherface_v2"), (1, 3, 16, 16))
-    isa("generic")
-    with pytest.raises(RuntimeError, match="build it again"):
-        built(image(16, 16))
+    for other in others:
+        isa(other)
+        with pytest.raises(RuntimeError, match="build it again"):
+            built(image(16, 16))
 
 
 def test_detector_runs_in_an_engine(teacher_weights, data_dir, monkeypatch):

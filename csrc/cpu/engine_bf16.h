@@ -198,16 +198,16 @@ void multiply_tiles(const TileLayer &layer, const Strip *strips, int count);
 
 #if defined(FF_ENGINE_DOTS)
 // A depthwise 3x3 convolution as dot products of rows. Channels are taken in blocks of 32 (or cs); a half of a block is
-// every other four of them. Weights are, for every half, (12, lanes, 2) pairs and the bias: for the taps of a row of the
-// kernel pairs of weights of rows (0, 1), (2, -), (-, 0), (1, 2).
+// every other four of them. Weights are, for every half, (12, lanes, 2) pairs and the bias: for the taps of a row of
+// the kernel pairs of weights of rows (0, 1), (2, -), (-, 0), (1, 2).
 struct Depthwise {
   const float *weights;
   int64_t cs, stride;
   int act;
   V slope;
 };
-// Rows of up to 16 pixels, `rows` from pixel -1 on, into rows of `row_size` numbers. A pixel's channels are in the order
-// of the halves; where a map of stride 1 has 8 channels, the first halves of all pixels come before the second.
+// Rows of up to 16 pixels, `rows` from pixel -1 on, into rows of `row_size` numbers. A pixel's channels are in the
+// order of the halves; where a map of stride 1 has 8 channels, the first halves of all pixels come before the second.
 void multiply_depthwise(const Depthwise &layer, const bf16 *const *rows, int64_t n, int columns, bf16 *out,
                         int64_t row_size);
 

@@ -131,9 +131,7 @@ struct Half<16> {
   static FF_INLINE Numbers zero() { return _mm512_setzero_si512(); }
   static FF_INLINE Numbers numbers(const void *p) { return _mm512_loadu_si512(p); }
   static FF_INLINE Sums sums(const float *p) { return _mm512_loadu_ps(p); }
-  static FF_INLINE Sums dot(Sums sum, Numbers a, Numbers b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
+  static FF_INLINE Sums dot(Sums sum, Numbers a, Numbers b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
   template <int Upper>
   static FF_INLINE Numbers pairs(Numbers a, Numbers b) {
     return Upper ? _mm512_unpackhi_epi16(a, b) : _mm512_unpacklo_epi16(a, b);
@@ -149,9 +147,7 @@ struct Half<8> {
   static FF_INLINE Numbers zero() { return _mm256_setzero_si256(); }
   static FF_INLINE Numbers numbers(const void *p) { return _mm256_loadu_si256(static_cast<const __m256i *>(p)); }
   static FF_INLINE Sums sums(const float *p) { return _mm256_loadu_ps(p); }
-  static FF_INLINE Sums dot(Sums sum, Numbers a, Numbers b) {
-    return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b);
-  }
+  static FF_INLINE Sums dot(Sums sum, Numbers a, Numbers b) { return _mm256_dpbf16_ps(sum, (__m256bh)a, (__m256bh)b); }
   template <int Upper>
   static FF_INLINE Numbers pairs(Numbers a, Numbers b) {
     return Upper ? _mm256_unpackhi_epi16(a, b) : _mm256_unpacklo_epi16(a, b);
@@ -290,10 +286,9 @@ FF_INLINE void add_quads(const bf16 *const (&rows)[3], const bf16 *weights, V (&
 #pragma GCC unroll 10
     for (int j = 0; j < 10; ++j) {
       const __m512i pixel = load(rows[ky] + 32 * j);
-      const __m512i pairs[kGroupPairs] = {_mm512_shuffle_epi32(pixel, _MM_PERM_AAAA),
-                                          _mm512_shuffle_epi32(pixel, _MM_PERM_BBBB),
-                                          _mm512_shuffle_epi32(pixel, _MM_PERM_CCCC),
-                                          _mm512_shuffle_epi32(pixel, _MM_PERM_DDDD)};
+      const __m512i pairs[kGroupPairs] = {
+          _mm512_shuffle_epi32(pixel, _MM_PERM_AAAA), _mm512_shuffle_epi32(pixel, _MM_PERM_BBBB),
+          _mm512_shuffle_epi32(pixel, _MM_PERM_CCCC), _mm512_shuffle_epi32(pixel, _MM_PERM_DDDD)};
 #pragma GCC unroll 4
       for (int k = 0; k < kGroupPairs; ++k)
 #pragma GCC unroll 3
@@ -388,8 +383,7 @@ void multiply_groups(const Grouped &layer, const bf16 *const (&rows)[3], int pix
       add_twins(rows, layer.weights, acc);
       const int32_t *order = layer.doubled ? kTwinsDoubled : kTwinsOut;
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i)
-        store_twins(act(acc[i][0] + acc[i][1]), order, layer, out + 2 * i * layer.out_stride);
+      for (int i = 0; i < 4; ++i) store_twins(act(acc[i][0] + acc[i][1]), order, layer, out + 2 * i * layer.out_stride);
     } else {
       V acc[4] = {bias, bias, bias, bias};
       add_doubled(rows, layer.weights, acc);

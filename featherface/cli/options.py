@@ -43,7 +43,7 @@ Fused = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's choice.")]
 Dtype = Annotated[
-    str, typer.Option("--dtype", help="float32, or bfloat16: faster on CPUs with AMX, a little less exact.")
+    str, typer.Option("--dtype", help="float32, or bfloat16: faster with AVX512-BF16 or AMX, a little less exact.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
 

@@ -8,6 +8,6 @@ See docs/engine.md for the design.
 """
 
 from .builder import Builder
-from .engine import DTYPES, Engine, Faces, build, unavailable
+from .engine import DTYPES, Engine, Faces, build, peak, unavailable
 
-__all__ = ["DTYPES", "Builder", "Engine", "Faces", "build", "unavailable"]
+__all__ = ["DTYPES", "Builder", "Engine", "Faces", "build", "peak", "unavailable"]

@@ -132,6 +132,7 @@ class Bf16Builder(Builder):
             node.fields["w0"] = self.weights.add(lines.transpose(0, 2, 3, 1))
             return
         # `joined` pixels are 16 outputs of a dense convolution.
+        taps = diffused(taps)
         joined = CHANNELS // cs
         columns = (joined - 1) * node.stride + 3
         runs = np.zeros((CHANNELS, 3, -(-columns * cs // DEPTH) * DEPTH))
@@ -147,7 +148,7 @@ class Bf16Builder(Builder):
 
     def _depthwise_pairs(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> np.ndarray:
         """The weights that csrc/cpu/engine_bf16.h describes at ``Depthwise``."""
-        rows = np.pad(taps.reshape(-1, 3, 3), ((0, 0), (1, 1), (0, 0)))  # a row of zeros before and behind the kernel's
+        rows = np.pad(diffused(taps).reshape(-1, 3, 3), ((0, 0), (1, 1), (0, 0)))
         pairs = np.stack([rows[:, [i, j]] for i, j in ((1, 2), (3, 4), (0, 1), (2, 3))], axis=1)  # (C, 4, 2, 3)
         halves = depthwise_halves(node.inputs[0].cs, node.stride)
         weights = rounded(pairs[halves]).transpose(0, 2, 4, 1, 3).reshape(len(halves), -1)
@@ -158,6 +159,7 @@ class Bf16Builder(Builder):
             super()._stored(node, weight, bias)
             return
         cs = numbers(node.channels)
+        weight = diffused(weight)
         if node.kind == "separable":
             runs, bias, cs = self._pointwise(node, weight[:, :, 0], bias, cs)
         else:
@@ -175,7 +177,6 @@ class Bf16Builder(Builder):
             "p0": tiles,
             "p1": 0,
             "p2": last_panel(cs),
-            "p4": 0,
             "p5": 0,
         }
 
@@ -370,6 +371,18 @@ def panels(weight: np.ndarray) -> np.ndarray:
     """(tiles, 16, steps, rows, 2) -> panels of up to two tiles, each (steps, tiles, rows, 16, 2), as bfloat16."""
     parts = [weight[i : i + 2].transpose(2, 0, 3, 1, 4).reshape(-1) for i in range(0, len(weight), 2)]
     return rounded(np.concatenate(parts))
+
+
+def diffused(weight: np.ndarray) -> np.ndarray:
+    """(O, ...) as bfloat16 numbers, each row's error carried from weight to weight: its sum stays, and with it what the
+    row makes of the part that its inputs have in common."""
+    rows = weight.reshape(len(weight), -1)
+    kept, carry = np.empty_like(rows), np.zeros(len(rows))
+    for i, column in enumerate(rows.T):
+        wanted = column + carry
+        kept[:, i] = (rounded(wanted).astype(np.uint32) << 16).view(np.float32)
+        carry = wanted - kept[:, i]
+    return kept.reshape(weight.shape)
 
 
 def rounded(values: np.ndarray) -> np.ndarray:

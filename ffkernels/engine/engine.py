@@ -38,6 +38,18 @@ def computed_dtype(dtype: str) -> str:
     return dtype if module()[0].ff_cpu_engine_bf16() else "float32"
 
 
+def peak(dtype: str = "float32", threads: int = 1) -> float | None:
+    """GFLOP/s of that many threads that do nothing but multiply and add, measured for some hundredths of a second.
+
+    ``None`` for a dtype that engines do not compute in here (:func:`computed_dtype`).
+    """
+    if (reason := unavailable()) is not None:
+        raise RuntimeError(f"engine: the C++ kernels cannot be used: {reason}")
+    if computed_dtype(dtype) != dtype:
+        return None
+    return module()[0].ff_cpu_engine_peak(dtype == "bfloat16", threads) / 1e9
+
+
 class Faces(NamedTuple):
     """Faces of one image, best score first: boxes (M, 4) ``x1 y1 x2 y2``, scores (M,), landmarks (M, 10) x then y;
     coordinates are fractions of the width and height of the network's input."""
@@ -71,7 +83,7 @@ class Engine:
 
     Attributes:
         dtype: what was asked for.
-        computes: what it computes in: ``"float32"`` where bfloat16 was asked for and the processor has no AMX.
+        computes: what it computes in: ``"float32"`` where bfloat16 was asked for and the processor multiplies none.
         isa: the instruction set of its kernels.
 
     Calls are safe from several threads: each has an arena of its own. The results do not depend on the number of
@@ -131,9 +143,7 @@ class Engine:
         self._plans: OrderedDict[tuple[int, int, int, bool], _Planned] = OrderedDict()
         self._seconds: np.ndarray | None = None
         self._profiled: tuple[int, int, int, bool] | None = None
-        height, width = self._image_size(tuple(input_shape))
-        self._shape = (height, width)
-        self._planned(height, width, self._thread_count(), input == "uint8_hwc")
+        self.prepare(input_shape)
 
     def __repr__(self) -> str:
         return f"Engine({self.input}, {self.outputs}, {self.dtype}, {self.isa}, {len(self._plans)} plans)"
@@ -165,6 +175,11 @@ class Engine:
             return outputs
         return [self._faces(planned.priors, *image) for image in zip(*outputs)]
 
+    def prepare(self, input_shape: Sequence[int]) -> None:
+        """Plan for an input size, as the first call of that size does. ``input_shape`` as for :func:`build`."""
+        height, width = self._image_size(tuple(input_shape))
+        self._planned(height, width, self._thread_count(), self.input == "uint8_hwc")
+
     def _faces(self, priors: Tensor, bbox: Tensor, cls: Tensor, landmarks: Tensor) -> Faces:
         variances = self._builder.priors[1]
         *columns, count = detection.detect(bbox, cls[:, 1], landmarks, priors, *self._selection, variances)
@@ -177,6 +192,10 @@ class Engine:
         canvas: tuple[int, int] | None = None,
         offset: tuple[int, int] = (0, 0),
     ) -> tuple[_Planned, tuple[Tensor, Tensor, Tensor]]:
+        if cpu.loaded_isa() != self.isa:
+            raise RuntimeError(
+                f"engine: it was built for {self.isa}, but the kernels of {cpu.loaded_isa()} are loaded; build it again"
+            )
         x, batch, *size = self._checked(x)
         if canvas is None:
             canvas = size[0] + offset[0], size[1] + offset[1]
@@ -215,10 +234,6 @@ class Engine:
             )
         finally:
             planned.arenas.append(arena)
-        if code == -2 and cpu.loaded_isa() != self.isa:
-            raise RuntimeError(
-                f"engine: it was built for {self.isa}, but the kernels of {cpu.loaded_isa()} are loaded; build it again"
-            )
         check(code, "engine", x)
         return planned, outputs
 
@@ -289,7 +304,7 @@ class Engine:
                 self._plans.popitem(last=False)
             return planned
 
-    def profile(self, x: Tensor, repeats: int = 20) -> str:
+    def profile(self, x: Tensor, repeats: int = 20, peak: float | None = None) -> str:
         """Run ``x`` that many times with a clock after every step; :meth:`plan` then has times. Returns its text.
 
         Every step ends with a barrier here, so the sum is somewhat more than a plain call takes.
@@ -302,10 +317,11 @@ class Engine:
         for seconds in runs:
             self._run(x, seconds)
         self._seconds, self._profiled = np.median(runs, axis=0) / max(batch, 1), key
-        return self.plan()
+        return self.plan(peak)
 
-    def plan(self) -> str:
-        """The steps: blocks, output, MFLOP, kilobytes read and written; after :meth:`profile` also time and GFLOP/s."""
+    def plan(self, peak: float | None = None) -> str:
+        """The steps: blocks, output, MFLOP, kilobytes read and written; after :meth:`profile` also time and GFLOP/s,
+        and, for a ``peak`` in GFLOP/s, the share of it."""
         key = self._profiled or next(reversed(self._plans))
         plan = self._planned(*key).plan
         lines = [
@@ -313,20 +329,25 @@ class Engine:
             f"{plan.barriers} barriers, {sum(s.flops for s in plan.steps) / 1e6:.1f} MFLOP, "
             f"arena {4 * plan.scratch / 2**20:.2f} MB + {key[2]} x {4 * plan.scratch_size / 1024:.0f} kB of scratch, "
             f"weights {self._weights.nbytes / 2**20:.2f} MB",
-            f"{'us':>7} {'GFLOP/s':>8} {'MFLOP':>7} {'kB':>7}  {'output':>14}  {'dtype':>8}  blocks (last layer)",
+            f"{'us':>7} {'GFLOP/s':>8} {'peak':>5} {'MFLOP':>7} {'kB':>7}  {'output':>14}  {'dtype':>8}  blocks "
+            "(last layer)",
         ]
         for step in plan.steps:
-            time = rate = ""
+            time = rate = share = ""
             if self._seconds is not None:
                 seconds = self._seconds[step.last_row]
-                time, rate = f"{1e6 * seconds:.1f}", f"{step.flops / max(seconds, 1e-9) / 1e9:.1f}"
+                speed = step.flops / max(seconds, 1e-9) / 1e9
+                time, rate, share = f"{1e6 * seconds:.1f}", f"{speed:.1f}", f"{speed / peak:.0%}" if peak else ""
             output = "x".join(map(str, step.output))
             lines.append(
-                f"{time:>7} {rate:>8} {step.flops / 1e6:>7.2f} {step.bytes / 1024:>7.0f}  {output:>14}  "
+                f"{time:>7} {rate:>8} {share:>5} {step.flops / 1e6:>7.2f} {step.bytes / 1024:>7.0f}  {output:>14}  "
                 f"{step.dtype:>8}  {step.kind} ({step.name})"
             )
         if self._seconds is not None:
-            lines.append(f"{1e6 * self._seconds.sum():>7.1f} us in all")
+            total = self._seconds.sum()
+            speed = sum(s.flops for s in plan.steps) / max(total, 1e-9) / 1e9
+            share = f", {speed / peak:.0%} of {peak:.1f}" if peak else ""
+            lines.append(f"{1e6 * total:>7.1f} us in all, {speed:.1f} GFLOP/s{share}")
         return "\n".join(lines)
 
 
@@ -352,8 +373,8 @@ def build(
     Args:
         model: a network whose modules have ``ff_plan`` (docs/engine.md).
         input_shape: (B, 3, H, W), or (B, H, W, 3) for ``input="uint8_hwc"``; the batch size does not matter.
-        dtype: ``"float32"``, or ``"bfloat16"``: maps and weights of convolutions, with float32 sums. Without AMX such
-            an engine computes in float32 (:attr:`Engine.computes`).
+        dtype: ``"float32"``, or ``"bfloat16"``: maps and weights of convolutions, with float32 sums. Where the
+            processor has neither AMX nor AVX512-BF16 such an engine computes in float32 (:attr:`Engine.computes`).
         threads: ``None`` follows ``torch.get_num_threads()`` at every call.
         input: ``"float32_nchw"``; ``"uint8_hwc"``: bytes from which the engine subtracts the mean; ``"both"``: each
             call may have either, told apart by the dtype.

@@ -281,8 +281,9 @@ void separable_bf16(const Context &ctx, int64_t y, int64_t n) {
     for (int64_t r = 0; r < n; ++r) {
       taps[r][0] = buffer + r * row_size, taps[r][1] = taps[r][0] + row_size / 2;
       strips[r] = Strip{taps[r], output(ctx, y + r, x), columns};
+      if (b.p5 > 1) multiply_permuted(layer, b.p5 / 2, strips[r]);
     }
-    multiply_tiles(layer, strips, static_cast<int>(n));
+    if (b.p5 == 0) multiply_tiles(layer, strips, static_cast<int>(n));
   }
   finish_rows(ctx, y, n);
 }

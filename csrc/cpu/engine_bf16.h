@@ -197,6 +197,11 @@ struct TileLayer {
 void multiply_tiles(const TileLayer &layer, const Strip *strips, int count);
 
 #if defined(FF_ENGINE_DOTS)
+// A grouped 1x1 of one strip of pixels of 32 numbers to two tiles of channels, whose lane l belongs to the same group
+// in both. The layer's weights are the places of `pairs` pairs of each lane's group, int32 (pairs, 16), then their
+// weights (pairs, 2, 16, 2).
+void multiply_permuted(const TileLayer &layer, int64_t pairs, const Strip &strip);
+
 // A depthwise 3x3 convolution as dot products of rows. Channels are taken in blocks of 32 (or cs); a half of a block is
 // every other four of them. Weights are, for every half, (12, lanes, 2) pairs and the bias: for the taps of a row of
 // the kernel pairs of weights of rows (0, 1), (2, -), (-, 0), (1, 2).

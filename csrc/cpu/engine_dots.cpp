@@ -118,6 +118,32 @@ void multiply_tiles(const TileLayer &layer, const Strip *strips, int count) {
   }
 }
 
+void multiply_permuted(const TileLayer &layer, int64_t pairs, const Strip &strip) {
+  constexpr int M = 4;
+  const auto *w = reinterpret_cast<const char *>(layer.weights) + 64 * pairs;
+  const V bias[2] = {V::load(layer.bias), V::load(layer.bias + L)};
+  for (int x = 0; x < strip.pixels; x += M) {
+    V acc[M][2];
+    __m512i pixel[M];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      acc[m][0] = bias[0], acc[m][1] = bias[1];
+      pixel[m] = load(strip.a[0] + (x + m) * kTileDepth);
+    }
+    for (int64_t k = 0; k < pairs; ++k) {
+      const __m512i place = load(reinterpret_cast<const char *>(layer.weights) + 64 * k);
+      const __m512i first = load(w + 128 * k), second = load(w + 128 * k + 64);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) {
+        const __m512i value = _mm512_permutexvar_epi32(place, pixel[m]);
+        acc[m][0] = dot(acc[m][0], value, first);
+        acc[m][1] = dot(acc[m][1], value, second);
+      }
+    }
+    store_block(layer, acc, strip.pixels - x, 2 * kTileChannels, static_cast<bf16 *>(strip.out) + x * layer.out_stride);
+  }
+}
+
 namespace {
 
 // Half of a block of 2 * Lanes channels.

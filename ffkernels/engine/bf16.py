@@ -92,7 +92,18 @@ class Bf16Builder(Builder):
         return False
 
     def _pairs(self, channels: int, groups: np.ndarray) -> bool:
-        return False
+        return self.dots and super()._pairs(channels, groups)
+
+    def _grouped(self, weight: np.ndarray, groups: np.ndarray) -> int:
+        """The weights that csrc/cpu/engine_bf16.h describes at ``multiply_permuted``."""
+        size = weight.shape[1] // (groups.max() + 1)
+        place = np.argsort(depthwise_halves(weight.shape[1], 1).reshape(-1))
+        first = groups * size + np.arange(0, size, 2)[:, None]  # of each pair of each output
+        offset = self.weights.add(place[first[:, :CHANNELS]] // 2)
+        weight = diffused(weight)
+        pairs = [np.take_along_axis(weight.T, first + i, axis=0) for i in range(2)]
+        self.weights.add(rounded(np.stack(pairs, axis=-1)))
+        return offset
 
     def _stem(self, x: Value, conv: Conv, folded: Folded, activation: str, negative_slope: float) -> Value:
         out = folded.out_channels

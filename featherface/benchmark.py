@@ -1,9 +1,10 @@
 """How fast the models and the stages of detection are, beside the runtimes that users would choose instead.
 
 All contenders get the same weights and the same random input, and must give the same outputs before they are timed.
-They take turns, round after round, so that whatever else the machine does hits all of them alike; in its turn a
-contender runs twice and the second run counts, because the first finds the caches and the spinning threads of the one
-before. Reported are the median and the 10th and 90th percentile of the rounds.
+They take turns, round after round, so that whatever else the machine does hits all of them alike. Before each turn the
+threads of the contender before, which spin for a while, are given time to fall asleep: they would take processors from
+the next. Then it runs twice and the second run counts, because the first finds the caches of the one before. Reported
+are the median and the 10th and 90th percentile of the rounds.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ LOW_PRECISION_TOLERANCE = 0.1
 """The same for contenders that compute in 16 bits."""
 
 WARM_UP, MIN_ROUNDS = 3, 5
+PAUSE_SECONDS = 0.02
 CONVERSION_SECONDS = 120
 PACKAGES = ("torch", "onnxruntime", "openvino", "ncnn", "pnnx", "triton", "numpy", "pillow")
 
@@ -294,6 +296,8 @@ def interleave(
     while runs and (rounds < MIN_ROUNDS or time.perf_counter() - start < seconds):
         rounds += 1
         for name, run in runs.items():
+            if len(runs) > 1:
+                time.sleep(PAUSE_SECONDS)
             run()
             if cuda:
                 torch.cuda.synchronize(device)
@@ -438,8 +442,8 @@ def _protocol(setup: Setup, seconds: float) -> dict[str, Any]:
         "model": setup.name,
         "device": str(setup.device),
         "threads": setup.threads,
-        "rounds": f"contenders in turn, two runs each of which the second counts, for {seconds:g} s and at least "
-        f"{MIN_ROUNDS} rounds per case",
+        "rounds": f"contenders in turn, a pause of {1000 * PAUSE_SECONDS:.0f} ms and two runs each of which the second "
+        f"counts, for {seconds:g} s and at least {MIN_ROUNDS} rounds per case",
         "warm_up": WARM_UP,
         "statistic": "median, 10th and 90th percentile of the rounds, milliseconds",
         "equality": f"outputs within {TOLERANCE:g} ({LOW_PRECISION_TOLERANCE:g} in 16 bits) of PyTorch eager's largest",

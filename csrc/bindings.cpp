@@ -3,6 +3,7 @@
 // machine that lacks it. Pointers travel as integers; the GIL is released around every call.
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -16,6 +17,7 @@
 
 #include "buffers.h"
 #include "ff_api.h"
+#include "program.h"
 
 namespace py = pybind11;
 
@@ -33,9 +35,13 @@ namespace py = pybind11;
   X(ff_cpu_batch_norm_workspace)    \
   X(ff_cpu_batch_norm_apply)        \
   X(ff_cpu_batch_norm_reduce)       \
+  X(ff_cpu_copy_rows)               \
+  X(ff_cpu_from_double)             \
   X(ff_cpu_conv_workspace)          \
   X(ff_cpu_multi_head_scatter)      \
   X(ff_cpu_multi_head_gather)       \
+  X(ff_cpu_ssh_grouped_weight)      \
+  X(ff_cpu_ssh_grouped_unpack)      \
   X(ff_cpu_ssh_grouped_workspace)   \
   X(ff_cpu_ssh_grouped_join)        \
   X(ff_cpu_ssh_grouped_split)       \
@@ -55,6 +61,9 @@ namespace py = pybind11;
   X(ff_cpu_cbam_workspace)          \
   X(ff_cpu_cbam_maps)               \
   X(ff_cpu_cbam_apply)              \
+  X(ff_cpu_cbam_gate_workspace)     \
+  X(ff_cpu_cbam_gate)               \
+  X(ff_cpu_cbam_gate_gradient)      \
   X(ff_cpu_cbam_spatial_gradient)   \
   X(ff_cpu_cbam_backward)
 
@@ -135,6 +144,12 @@ F find(void *library, const char *name, const std::string &path) {
   return reinterpret_cast<F>(symbol);
 }
 
+// Entries that return an error code can be part of a program.
+template <auto *slot, class R, class... A>
+void make_known(const char *name, R (*)(A...)) {
+  if constexpr (std::is_same_v<R, int>) ff::Program::know<slot>(name);
+}
+
 #define FF_FIND(entry) auto found_##entry = find<decltype(&entry)>(library, #entry, path);
 #define FF_FILL(entry) slot_##entry = found_##entry;
 
@@ -198,4 +213,11 @@ PYBIND11_MODULE(_native, m) {
 #define FF_DEFINE(entry) define(m, #entry, &slot_##entry);
   FF_CPU_ENTRIES(FF_DEFINE)
   FF_CUDA_ENTRIES(FF_DEFINE)
+
+#define FF_KNOW(entry) make_known<&slot_##entry>(#entry, decltype (&entry)(nullptr));
+  FF_CPU_ENTRIES(FF_KNOW)
+  py::class_<ff::Program>(m, "Program")
+      .def(py::init<>())
+      .def("add", [](ff::Program &self, const std::string &name, const py::args &values) { self.add(name, values); })
+      .def("run", &ff::Program::run);
 }

@@ -89,9 +89,15 @@ FF_EXPORT int ff_cuda_preprocess(const void *image, int64_t batch_stride, int64_
 FF_EXPORT int ff_cpu_batch_norm_coefficients(const void *mean, const void *var, const void *weight, const void *bias,
                                              double eps, int64_t channels, void *stats, int dtype);
 // grad_weight = sum of g * (z - mean) / sqrt(var + eps) and grad_bias = sum of g, from sums and stats whose rows are
-// *_row elements apart; either may be NULL.
+// *_row elements apart; grad_conv_bias = scale * sum of g, for a convolution whose mean is not subtracted, scale 1
+// where stats is NULL. Each may be NULL.
 FF_EXPORT int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row, const void *stats, int64_t stats_row,
-                                          double eps, int64_t channels, void *grad_weight, void *grad_bias, int dtype);
+                                          double eps, int64_t channels, void *grad_weight, void *grad_bias,
+                                          void *grad_conv_bias, int dtype);
+// Rows of row_bytes bytes, from_row and to_row bytes apart.
+FF_EXPORT int ff_cpu_copy_rows(const void *from, int64_t from_row, int64_t rows, int64_t row_bytes, void *to,
+                               int64_t to_row);
+FF_EXPORT int ff_cpu_from_double(const double *from, int64_t count, void *to, int dtype);
 // running += momentum * (batch - running), for the mean and for correction * var.
 FF_EXPORT int ff_cpu_batch_norm_update(const void *mean, const void *var, double correction, double momentum,
                                        void *running_mean, void *running_var, int64_t channels, int dtype);
@@ -181,6 +187,11 @@ FF_EXPORT int ff_cpu_multi_head_gather(const void *bbox, const void *cls, const 
 // The seams of the SSH block. Three branches, slices of channels of raw NHWC outputs with their stats (NULL: activated
 // already): y = relu(concatenation), shuffled, dense. split: from the gradient of y, those of the branches' batch
 // normalised values (pixels g_pixel elements apart) and their sums.
+// A grouped weight (outputs, inputs / groups, kernel, kernel) as a dense one with zeros, and back.
+FF_EXPORT int ff_cpu_ssh_grouped_weight(const void *weight, int64_t outputs, int64_t inputs, int64_t kernel,
+                                        int64_t groups, void *dense, int dtype);
+FF_EXPORT int ff_cpu_ssh_grouped_unpack(const void *dense, int64_t outputs, int64_t inputs, int64_t kernel,
+                                        int64_t groups, void *weight, int dtype);
 FF_EXPORT int64_t ff_cpu_ssh_grouped_workspace(int64_t channels0, int64_t channels1, int64_t channels2, int dtype,
                                                int threads);
 FF_EXPORT int ff_cpu_ssh_grouped_join(const void *z0, int64_t pixel0, int64_t channels0, const void *stats0,
@@ -290,6 +301,17 @@ FF_EXPORT int ff_cpu_cbam_maps(const void *x, const void *fc1_weight, const void
                                void *z, int64_t batch, int64_t channels, int64_t height, int64_t width, int64_t hidden,
                                int64_t mlp_width, int64_t groups, int64_t kernel, int spatial_order, void *workspace,
                                int dtype, int threads);
+// stats (4, groups), see above, of z over images and pixels where `training`, else given; spatial (batch, groups,
+// pixels) = sigmoid((z - mean) * scale + shift).
+FF_EXPORT int64_t ff_cpu_cbam_gate_workspace(int64_t batch, int64_t groups);
+FF_EXPORT int ff_cpu_cbam_gate(const void *z, const void *bn_weight, const void *bn_bias, double eps, int training,
+                               void *stats, void *spatial, int64_t batch, int64_t groups, int64_t pixels,
+                               void *workspace, int dtype, int threads);
+// The gradients of z, bn_weight and bn_bias; the last two may be NULL.
+FF_EXPORT int ff_cpu_cbam_gate_gradient(const void *grad_spatial, const void *spatial, const void *z, const void *stats,
+                                        int training, double eps, void *grad_z, void *grad_weight, void *grad_bias,
+                                        int64_t batch, int64_t groups, int64_t pixels, void *workspace, int dtype,
+                                        int threads);
 FF_EXPORT int ff_cpu_cbam_apply(const void *x, const void *gate, const void *spatial, const void *residual, int relu,
                                 void *y, int64_t batch, int64_t channels, int64_t pixels, int64_t groups, int dtype,
                                 int threads);

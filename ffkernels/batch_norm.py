@@ -60,13 +60,15 @@ def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, in
     tracked = [use for use in uses if use[0].running_mean is not None]
     if not tracked:
         return
-    if not torch.compiler.is_compiling() and all(_native(bn, mean) for bn, mean, *_ in tracked):
+    if not torch.compiler.is_compiling() and all(
+        type(mean) is Tensor and updatable(bn, mean.dtype) for bn, mean, *_ in tracked
+    ):
         from . import cpu
 
         if cpu.unavailable() is None:
             from .cpu.conv import batch_norm_update
 
-            batch_norm_update(tracked)
+            batch_norm_update([(bn, mean.data_ptr(), var.data_ptr(), n) for bn, mean, var, n in tracked])
             return
     with torch.no_grad():
         for momentum in dict.fromkeys(bn.momentum for bn, *_ in tracked):
@@ -77,14 +79,14 @@ def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, in
             torch._foreach_lerp_(running, batch, momentum)
 
 
-def _native(bn: BatchNorm, mean: Tensor) -> bool:
-    """Whether the C++ kernels can update ``bn``: with plain dense tensors of the CPU, of one dtype."""
+def updatable(bn: BatchNorm, dtype: torch.dtype) -> bool:
+    """Whether the C++ kernels can update ``bn`` from statistics of ``dtype``: plain dense tensors of the CPU."""
     running = bn.running_mean
     return (
-        type(mean) is type(running) is Tensor
+        type(running) is Tensor
         and running.is_cpu
-        and running.dtype is mean.dtype
-        and running.dtype in (torch.float32, torch.float64)
+        and running.dtype is dtype
+        and dtype in (torch.float32, torch.float64)
         and running.is_contiguous()
         and bn.running_var.is_contiguous()
     )

@@ -1,4 +1,6 @@
 // Batch normalisation apart from a convolution: coefficients, application, and the reductions of its backward pass.
+#include <cstring>
+
 #include "conv.h"
 #include "ff_api.h"
 
@@ -14,10 +16,11 @@ int coefficients(const T *mean, const T *var, const T *weight, const T *bias, do
 
 template <class T>
 int gradients(const double *sums, int64_t sums_row, const T *stats, int64_t stats_row, double eps, int64_t channels,
-              T *grad_weight, T *grad_bias) {
+              T *grad_weight, T *grad_bias, T *grad_conv_bias) {
   for (int64_t i = 0; i < channels; ++i) {
     if (grad_weight) grad_weight[i] = T(sums[sums_row + i] / std::sqrt(stats[stats_row + i] + eps));
     if (grad_bias) grad_bias[i] = T(sums[i]);
+    if (grad_conv_bias) grad_conv_bias[i] = T(stats ? sums[i] * stats[2 * stats_row + i] : sums[i]);
   }
   return FF_OK;
 }
@@ -112,13 +115,26 @@ extern "C" int ff_cpu_batch_norm_coefficients(const void *mean, const void *var,
 
 extern "C" int ff_cpu_batch_norm_gradients(const double *sums, int64_t sums_row, const void *stats, int64_t stats_row,
                                            double eps, int64_t channels, void *grad_weight, void *grad_bias,
-                                           int dtype) {
+                                           void *grad_conv_bias, int dtype) {
 #define FF_CALL(T)                                                                                                  \
   gradients(sums, sums_row, static_cast<const T *>(stats), stats_row, eps, channels, static_cast<T *>(grad_weight), \
-            static_cast<T *>(grad_bias))
+            static_cast<T *>(grad_bias), static_cast<T *>(grad_conv_bias))
   if (dtype == FF_FLOAT32) return FF_CALL(float);
   if (dtype == FF_FLOAT64) return FF_CALL(double);
 #undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_copy_rows(const void *from, int64_t from_row, int64_t rows, int64_t row_bytes, void *to,
+                                int64_t to_row) {
+  for (int64_t i = 0; i < rows; ++i)
+    std::memcpy(static_cast<char *>(to) + i * to_row, static_cast<const char *>(from) + i * from_row, row_bytes);
+  return FF_OK;
+}
+
+extern "C" int ff_cpu_from_double(const double *from, int64_t count, void *to, int dtype) {
+  if (dtype == FF_FLOAT32) return std::copy_n(from, count, static_cast<float *>(to)), FF_OK;
+  if (dtype == FF_FLOAT64) return std::copy_n(from, count, static_cast<double *>(to)), FF_OK;
   return FF_UNSUPPORTED_DTYPE;
 }
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 
 #include "arena.h"
-#include "channels.h"
+#include "conv.h"
 #include "engine_math.h"
 #include "ff_api.h"
 #include "parallel.h"
@@ -363,6 +363,116 @@ int apply(const T *x, const T *gate, const T *spatial, const T *residual, bool r
   return FF_OK;
 }
 
+// ---- spatial gate: batch normalisation of planes (batch, groups, pixels), and a sigmoid
+
+// Sum of value(element, mask) over a plane: 16 vectors at a time in T, then in double.
+template <class T, class Value>
+double plane_sum(int64_t pixels, const Value &value) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  double total[kLanes] = {};
+  constexpr int64_t kPart = 16 * kLanes;
+  for (int64_t first = 0; first < pixels; first += kPart) {
+    Vec<T> part = Vec<T>::zero();
+    over_channels<T>(std::min(kPart, pixels - first),
+                     [&](int64_t i, auto mask) { part += keep(value(first + i, mask), mask); });
+    for (int lane = 0; lane < kLanes; ++lane) total[lane] += part.v[lane];
+  }
+  double sum = 0;
+  for (double lane : total) sum += lane;
+  return sum;
+}
+
+struct Planes {
+  int64_t batch, groups, pixels;
+  int threads;
+
+  int64_t count() const { return batch * groups; }
+  // body(plane, group, first element) for every plane.
+  template <class Body>
+  void each(const Body &body) const {
+    parallel_for(count(), kGrainElements / (pixels + 1) + 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t plane = begin; plane < end; ++plane) body(plane, plane % groups, plane * pixels);
+    });
+  }
+  // The sum of a group, in the order of the planes.
+  double joined(const double *sums, int64_t group) const {
+    double total = 0;
+    for (int64_t image = 0; image < batch; ++image) total += sums[image * groups + group];
+    return total;
+  }
+};
+
+template <class T>
+int spatial_gate(const T *z, const T *weight, const T *bias, double eps, bool training, T *stats, T *spatial,
+                 const Planes &planes, double *sums) {
+  const double n = static_cast<double>(planes.batch * planes.pixels);
+  if (training) {
+    // Relative to one value of the group, then to the mean: a small variance around a large mean survives.
+    double *means = sums + planes.count();
+    planes.each([&](int64_t plane, int64_t group, int64_t at) {
+      const Vec<T> reference(z[group * planes.pixels]);
+      sums[plane] =
+          plane_sum<T>(planes.pixels, [&](int64_t i, auto mask) { return load(z + at + i, mask) - reference; });
+    });
+    for (int64_t group = 0; group < planes.groups; ++group)
+      means[group] = double(z[group * planes.pixels]) + planes.joined(sums, group) / n;
+    planes.each([&](int64_t plane, int64_t group, int64_t at) {
+      const Vec<T> mean{T(means[group])};
+      sums[plane] = plane_sum<T>(planes.pixels, [&](int64_t i, auto mask) {
+        const Vec<T> d = load(z + at + i, mask) - mean;
+        return d * d;
+      });
+    });
+    for (int64_t group = 0; group < planes.groups; ++group) {
+      const double rounded = means[group] - double(T(means[group]));
+      const double var = planes.joined(sums, group) / n - rounded * rounded;
+      write_stats(group, means[group], var < 0 ? 0.0 : var, weight, bias, eps, planes.groups, stats);
+    }
+  }
+  const T *scale = stats + 2 * planes.groups, *shift = scale + planes.groups;
+  planes.each([&](int64_t, int64_t group, int64_t at) {
+    const Vec<T> mean(stats[group]), a(scale[group]), b(shift[group]);
+    over_channels<T>(planes.pixels, [&](int64_t i, auto mask) {
+      store(spatial + at + i, ff::sigmoid((load(z + at + i, mask) - mean) * a + b), mask);
+    });
+  });
+  return FF_OK;
+}
+
+template <class T>
+int spatial_gate_gradient(const T *grad, const T *spatial, const T *z, const T *stats, bool training, double eps,
+                          T *grad_z, T *grad_weight, T *grad_bias, const Planes &planes, double *sums) {
+  const double n = static_cast<double>(planes.batch * planes.pixels);
+  double *products = sums + planes.count();
+  const auto outer = [&](int64_t i, auto mask) {
+    const Vec<T> s = load(spatial + i, mask);
+    return load(grad + i, mask) * (s * (Vec<T>(T(1)) - s));
+  };
+  planes.each([&](int64_t plane, int64_t group, int64_t at) {
+    const Vec<T> mean(stats[group]);
+    sums[plane] = plane_sum<T>(planes.pixels, [&](int64_t i, auto mask) { return outer(at + i, mask); });
+    products[plane] = plane_sum<T>(
+        planes.pixels, [&](int64_t i, auto mask) { return outer(at + i, mask) * (load(z + at + i, mask) - mean); });
+  });
+  for (int64_t group = 0; group < planes.groups; ++group) {
+    const double g = planes.joined(sums, group), gz = planes.joined(products, group);
+    const double var = double(stats[planes.groups + group]) + eps;
+    if (grad_weight) grad_weight[group] = T(gz / std::sqrt(var));
+    if (grad_bias) grad_bias[group] = T(g);
+    sums[group] = training ? g / n : 0.0;
+    products[group] = training ? gz / (n * var) : 0.0;
+  }
+  planes.each([&](int64_t, int64_t group, int64_t at) {
+    const Vec<T> mean(stats[group]), scale(stats[2 * planes.groups + group]);
+    const Vec<T> b{T(sums[group])}, c{T(products[group])};
+    over_channels<T>(planes.pixels, [&](int64_t i, auto mask) {
+      const Vec<T> d = (outer(at + i, mask) - b) - (load(z + at + i, mask) - mean) * c;
+      store(grad_z + at + i, scale * d, mask);
+    });
+  });
+  return FF_OK;
+}
+
 // ---- backward
 
 // Gradient of y in front of the ReLU, which is open where y is not at or below zero.
@@ -643,6 +753,40 @@ extern "C" int ff_cpu_cbam_apply(const void *x, const void *gate, const void *sp
 #define FF_CALL(T)                                                                                \
   apply(static_cast<const T *>(x), static_cast<const T *>(gate), static_cast<const T *>(spatial), \
         static_cast<const T *>(residual), relu != 0, static_cast<T *>(y), shape, threads)
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int64_t ff_cpu_cbam_gate_workspace(int64_t batch, int64_t groups) {
+  return 2 * batch * groups * static_cast<int64_t>(sizeof(double));
+}
+
+extern "C" int ff_cpu_cbam_gate(const void *z, const void *bn_weight, const void *bn_bias, double eps, int training,
+                                void *stats, void *spatial, int64_t batch, int64_t groups, int64_t pixels,
+                                void *workspace, int dtype, int threads) {
+  const Planes planes{batch, groups, pixels, threads};
+#define FF_CALL(T)                                                                                                 \
+  spatial_gate(static_cast<const T *>(z), static_cast<const T *>(bn_weight), static_cast<const T *>(bn_bias), eps, \
+               training != 0, static_cast<T *>(stats), static_cast<T *>(spatial), planes,                          \
+               static_cast<double *>(workspace))
+  if (dtype == FF_FLOAT32) return FF_CALL(float);
+  if (dtype == FF_FLOAT64) return FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_cbam_gate_gradient(const void *grad_spatial, const void *spatial, const void *z,
+                                         const void *stats, int training, double eps, void *grad_z, void *grad_weight,
+                                         void *grad_bias, int64_t batch, int64_t groups, int64_t pixels,
+                                         void *workspace, int dtype, int threads) {
+  const Planes planes{batch, groups, pixels, threads};
+#define FF_CALL(T)                                                                                                    \
+  spatial_gate_gradient(static_cast<const T *>(grad_spatial), static_cast<const T *>(spatial),                        \
+                        static_cast<const T *>(z), static_cast<const T *>(stats), training != 0, eps,                 \
+                        static_cast<T *>(grad_z), static_cast<T *>(grad_weight), static_cast<T *>(grad_bias), planes, \
+                        static_cast<double *>(workspace))
   if (dtype == FF_FLOAT32) return FF_CALL(float);
   if (dtype == FF_FLOAT64) return FF_CALL(double);
 #undef FF_CALL

@@ -118,7 +118,48 @@ int split(const T *grad, const Branch<T> *branches, int64_t pixels, int64_t grou
   return FF_OK;
 }
 
+// body(place in the dense weight, place in the grouped one, how many): runs along the inputs of one output's group.
+template <class Body>
+void over_groups(int64_t outputs, int64_t inputs, int64_t kernel, int64_t groups, const Body &body) {
+  const int64_t per_group = inputs / groups, area = kernel * kernel;
+  for (int64_t o = 0; o < outputs; ++o)
+    body((o * inputs + o / (outputs / groups) * per_group) * area, o * per_group * area, per_group * area);
+}
+
 }  // namespace
+
+extern "C" int ff_cpu_ssh_grouped_weight(const void *weight, int64_t outputs, int64_t inputs, int64_t kernel,
+                                         int64_t groups, void *dense, int dtype) {
+  if (groups < 1 || inputs % groups != 0 || outputs % groups != 0) return FF_BAD_ARGUMENT;
+#define FF_CALL(T)                                                                              \
+  {                                                                                             \
+    std::fill_n(static_cast<T *>(dense), outputs * inputs * kernel * kernel, T(0));             \
+    over_groups(outputs, inputs, kernel, groups, [&](int64_t to, int64_t from, int64_t count) { \
+      std::copy_n(static_cast<const T *>(weight) + from, count, static_cast<T *>(dense) + to);  \
+    });                                                                                         \
+    return FF_OK;                                                                               \
+  }
+  if (dtype == FF_FLOAT32) FF_CALL(float);
+  if (dtype == FF_FLOAT64) FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
+
+extern "C" int ff_cpu_ssh_grouped_unpack(const void *dense, int64_t outputs, int64_t inputs, int64_t kernel,
+                                         int64_t groups, void *weight, int dtype) {
+  if (groups < 1 || inputs % groups != 0 || outputs % groups != 0) return FF_BAD_ARGUMENT;
+#define FF_CALL(T)                                                                              \
+  {                                                                                             \
+    over_groups(outputs, inputs, kernel, groups, [&](int64_t from, int64_t to, int64_t count) { \
+      std::copy_n(static_cast<const T *>(dense) + from, count, static_cast<T *>(weight) + to);  \
+    });                                                                                         \
+    return FF_OK;                                                                               \
+  }
+  if (dtype == FF_FLOAT32) FF_CALL(float);
+  if (dtype == FF_FLOAT64) FF_CALL(double);
+#undef FF_CALL
+  return FF_UNSUPPORTED_DTYPE;
+}
 
 extern "C" int64_t ff_cpu_ssh_grouped_workspace(int64_t channels0, int64_t channels1, int64_t channels2, int dtype,
                                                 int threads) {

@@ -32,6 +32,10 @@ def set_isa(isa: str | None = None) -> str:
         name = "isa" if isa else "FF_CPU_ISA"
         raise ValueError(f"{name}={limit!r} cannot be used here; use one of: {', '.join(usable)}")
     native.load_cpu(str(FOLDER / "lib" / f"libffcpu_{limit}.so"))
+    if _loaded is not None:
+        from . import plan
+
+        plan.clear()
     _loaded = limit
     return limit
 

@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, check, module
+from ..layout import memory_format
+from ..native import NHWC
 from ..ops.bifpn_node import Fusion
-from ..ops.conv_chain import Link, nhwc
-from . import conv_chain
-from .channel_shuffle import channel_shuffle
-from .conv import ACTIVATIONS, empty_nhwc, pointer, workspace
+from ..ops.conv_chain import PARAMETERS, Link, links_of, needs_raw, nhwc
+from .conv import ACTIVATIONS, empty_nhwc, pointer
+from .conv_chain import GRADIENTS, numbers_of, record_backward, record_forward
+from .plan import At, Layout, Map, Plan, cached
 
 SILU = ACTIVATIONS["silu"]
+INPUTS = 3
+AFFINE = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 def arguments(inputs: Sequence[Tensor], fusion_weight: Tensor, fusion: Fusion) -> list[int | float]:
-    """What both entries begin with; inputs are NHWC, absent ones NULL."""
-    missing = 3 - len(inputs)
-    target = inputs[fusion.resample.index(0)]
-    sizes = [n for x in inputs for n in x.shape[2:]]
+    """What the native entries begin with; inputs are NHWC, absent ones NULL."""
+    pointers = [x.data_ptr() for x in inputs] + [0] * (INPUTS - len(inputs))
+    return _arguments(pointers, [tuple(x.shape) for x in inputs], fusion_weight.data_ptr(), len(fusion_weight), fusion)
+
+
+def _arguments(pointers: Sequence, sizes: Sequence[tuple], fusion_weight: object, weights: int, fusion: Fusion) -> list:
+    missing = [0] * (INPUTS - len(sizes))
     return [
-        *(x.data_ptr() for x in inputs),
-        *[0] * missing,
+        *pointers,
         *fusion.resample,
-        *[0] * missing,
-        *sizes,
-        *[0] * (2 * missing),
-        fusion_weight.data_ptr(),
-        fusion_weight.shape[0],
+        *missing,
+        *[n for size in sizes for n in size[2:]],
+        *missing,
+        *missing,
+        fusion_weight,
+        weights,
         fusion.epsilon,
         int(fusion.same),
-        *target.shape,
+        *sizes[fusion.resample.index(0)],
     ]
 
 
@@ -41,25 +48,248 @@ def in_order_of_convolution(link: Link, groups: int) -> Link:
     """The normalisation of shuffled channels, for use in front of the shuffle."""
     if groups == 1:
         return link
-    fields = ("bn_weight", "bn_bias", "running_mean", "running_var")
-    moved = {name: getattr(link, name) for name in fields if getattr(link, name) is not None}
+    moved = {name: getattr(link, name) for name in AFFINE if getattr(link, name) is not None}
     return link._replace(**{name: t.view(-1, groups).T.flatten() for name, t in moved.items()})
+
+
+class NodePlan:
+    """A node for one size of its inputs.
+
+    What it keeps: ``stats`` of the last link, in the order of the convolution and shuffled, the fused map, and the raw
+    outputs of the links.
+    """
+
+    needs_output = False
+
+    def __init__(
+        self,
+        sizes: tuple[tuple[int, ...], ...],
+        dtype: torch.dtype,
+        weights: int,
+        fusion: Fusion,
+        integers: tuple[int, ...],
+        floats: tuple[float, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        present: tuple[bool, ...],
+        save: bool,
+    ) -> None:
+        self.sizes, self.dtype, self.weights, self.fusion = sizes, dtype, weights, fusion
+        self.integers, self.floats, self.shapes, self.present, self.saves = integers, floats, shapes, present, save
+        self.target = sizes[fusion.resample.index(0)]
+        self.plan = plan = Plan(dtype)
+        inputs, fusion_weight, y = self._inputs(plan), plan.base(), plan.base()
+        self.links = self._links(plan)
+        self.outputs = [(self.target[0], shape[0], *self.target[2:]) for shape in shapes]
+        last = self.links[-1]
+        channels = shapes[-1][0]
+        self.output = self.outputs[-1]
+        self.keeps_stats = last.batch_statistics or (save and last.given_statistics)
+        self.keeps_raw = [save and needs_raw(self.links, i) for i in range(len(shapes))]
+        stats, shuffled, v, raw = self._kept(plan)
+        if last.given_statistics and not save:
+            stats = plan.scratch(4 * channels * plan.itemsize)
+        v = v or plan.scratch_map(self.target)
+        plan.call("ff_cpu_bifpn_fuse", *self._arguments(inputs, fusion_weight), v.at)
+        links = self._in_order(plan, self.links)
+        groups = fusion.shuffle_groups
+        result = plan.scratch_map(self.output) if groups > 1 else Map(y, self.output, channels)
+        every = [None] * (len(links) - 1) + [stats]
+        record_forward(plan, v, links, shapes, every, raw if save else None, result, SILU)
+        if groups > 1:
+            self._shuffle(plan, result.at, y, self.output, groups)
+            if last.batch_statistics:
+                self._shuffle(plan, stats, shuffled, (1, channels, 1, 4), groups)
+        self.kept = Layout(dtype)
+        if self.keeps_stats:
+            self.kept.add(4, channels)
+        if self.keeps_stats and groups > 1:
+            self.kept.add(4, channels)
+        if save:
+            self.kept.add(*self.target)
+            for size, keep in zip(self.outputs, self.keeps_raw):
+                if keep:
+                    self.kept.add(*size)
+        self.backward_plans: dict[tuple[bool, ...], Plan] = {}
+
+    def _inputs(self, plan: Plan) -> list[At]:
+        return [plan.base() for _ in self.sizes]
+
+    def _arguments(self, inputs: Sequence[At], fusion_weight: At) -> list:
+        pointers = [*inputs, *[None] * (INPUTS - len(inputs))]
+        return _arguments(pointers, self.sizes, fusion_weight, self.weights, self.fusion)
+
+    def _links(self, plan: Plan) -> list[Link]:
+        bases = [plan.base() for _ in self.present]
+        places = [at if there else None for at, there in zip(bases, self.present)]
+        return links_of(places, self.integers, self.floats)
+
+    def _kept(self, plan: Plan) -> tuple[At | None, At | None, Map | None, list[Map | None]]:
+        stats = plan.base() if self.keeps_stats else None
+        shuffled = plan.base() if self.keeps_stats and self.fusion.shuffle_groups > 1 else None
+        v = Map(plan.base(), self.target, self.target[1]) if self.saves else None
+        raw = [Map(plan.base(), s, s[1]) if keep else None for s, keep in zip(self.outputs, self.keeps_raw)]
+        return stats, shuffled, v, raw
+
+    def _in_order(self, plan: Plan, links: Sequence[Link]) -> list[Link]:
+        """Links whose last normalises in front of the shuffle."""
+        groups, channels = self.fusion.shuffle_groups, self.shapes[-1][0]
+        if groups == 1:
+            return list(links)
+        moved = {}
+        for name in AFFINE:
+            value = getattr(links[-1], name)
+            if value is not None:
+                moved[name] = plan.scratch(channels * plan.itemsize)
+                self._shuffle(plan, value, moved[name], (1, channels, 1, 1), channels // groups)
+        return [*links[:-1], links[-1]._replace(**moved)]
+
+    def _shuffle(self, plan: Plan, source: At, target: At, size: Sequence[int], groups: int) -> None:
+        batch, channels, height, width = size
+        plan.call("ff_cpu_channel_shuffle", source, target, batch, channels, height * width, groups, NHWC)
+
+    def run(self, inputs: Sequence[Tensor], fusion_weight: Tensor, params: Sequence, kept: list[int]) -> Tensor:
+        """The output, NHWC."""
+        y = empty_nhwc(self.output, inputs[0])
+        pointers = [*map(pointer, inputs), fusion_weight.data_ptr(), y.data_ptr(), *map(pointer, params), *kept]
+        self.plan.run("bifpn_node", pointers)
+        return y
+
+    def run_backward(
+        self,
+        grad: Tensor,
+        inputs: Sequence[Tensor],
+        fusion_weight: Tensor,
+        params: Sequence[Tensor | None],
+        kept: list[int],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs (NHWC), of fusion_weight, and of the first four of each six params."""
+        key = tuple(needs)
+        plan = self.backward_plans.get(key)
+        if plan is None:
+            plan = self.backward_plans[key] = self._plan_backward(key)
+        count = len(inputs)
+        grads = [empty_nhwc(x.shape, x) if needed else None for x, needed in zip(inputs, key)]
+        grads.append(torch.empty_like(fusion_weight) if key[count] else None)
+        for i, link in enumerate(self.links):
+            tensors = params[PARAMETERS * i : PARAMETERS * i + GRADIENTS]
+            for j, (p, needed) in enumerate(zip(tensors, key[count + 1 + GRADIENTS * i :])):
+                make = torch.zeros_like if j == 1 and link.batch_statistics else torch.empty_like
+                grads.append(make(p) if needed else None)
+        tensors = (*inputs, fusion_weight, *params)
+        plan.run("bifpn_node backward", [grad.data_ptr(), *map(pointer, tensors), *kept, *map(pointer, grads)])
+        return grads
+
+    def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
+        plan, count, groups = Plan(self.dtype), len(self.sizes), self.fusion.shuffle_groups
+        channels = self.shapes[-1][0]
+        grad = Map(plan.base(), self.output, channels)
+        inputs, fusion_weight = self._inputs(plan), plan.base()
+        links = self._links(plan)
+        stats, _, v, raw = self._kept(plan)
+        places = [plan.base() for _ in needs]
+        targets = [at if needed else None for at, needed in zip(places, needs)]
+        if groups > 1:
+            plain = plan.scratch_map(self.output)
+            self._shuffle(plan, grad.at, plain.at, self.output, channels // groups)
+            grad = plain
+        wanted = any(needs[: count + 1])
+        chain = [plan.scratch(math.prod(self.target) * plan.itemsize) if wanted else None, *targets[count + 1 :]]
+        shuffled = []
+        for i in (-2, -1):
+            if chain[i] is not None and groups > 1:
+                inner = plan.scratch(channels * plan.itemsize)
+                shuffled.append((inner, chain[i]))
+                chain[i] = inner
+        every = [None] * (len(links) - 1) + [stats]
+        record_backward(plan, grad, v, self._in_order(plan, links), self.shapes, every, raw, chain, SILU)
+        for source, target in shuffled:
+            self._shuffle(plan, source, target, (1, channels, 1, 1), groups)
+        if wanted:
+            missing = [None] * (INPUTS - count)
+            weight = plan.scratch(8 * self.weights) if targets[count] is not None else None
+            plan.call(
+                "ff_cpu_bifpn_fuse_backward",
+                *self._arguments(inputs, fusion_weight),
+                chain[0],
+                *targets[:count],
+                *missing,
+                weight,
+                plan.workspace(plan.native.ff_cpu_bifpn_fuse_workspace(plan.threads)),
+            )
+            if weight is not None:
+                plan.call_single("ff_cpu_from_double", weight, self.weights, targets[count])
+        return plan
+
+    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        count = len(self.sizes)
+        inputs = [nhwc(x) for x in tensors[:count]]
+        kept = self.kept.empty()
+        y = self.run(inputs, tensors[count], tensors[count + 1 :], self.kept.pointers(kept))
+        return y.contiguous(memory_format=memory_format(tensors[0])), kept
+
+    def backward(
+        self, grad: Tensor, y: None, kept: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        count = len(self.sizes)
+        inputs, params = tensors[:count], tensors[count + 1 :]
+        wanted = list(needs[: count + 1])
+        for i in range(count + 1, len(needs), PARAMETERS):
+            wanted += needs[i : i + GRADIENTS]
+        found = self.run_backward(
+            nhwc(grad), [nhwc(x) for x in inputs], tensors[count], params, self.kept.pointers(kept), wanted
+        )
+        grads = [g if g is None else g.contiguous(memory_format=memory_format(x)) for g, x in zip(found, inputs)]
+        grads.append(found[count])
+        for i in range(count + 1, len(found), GRADIENTS):
+            grads += [*found[i : i + GRADIENTS], None, None]
+        return grads
+
+    def statistics(self, kept: Tensor) -> tuple[int, int]:
+        """Addresses of the mean and variance of the output, in its order."""
+        place = self.kept.pointers(kept)[1 if self.fusion.shuffle_groups > 1 else 0]
+        return place, place + self.shapes[-1][0] * kept.itemsize
+
+
+def node_plan(
+    inputs: Sequence[Tensor],
+    weights: int,
+    fusion: Fusion,
+    integers: Sequence[int],
+    floats: Sequence[float],
+    params: Sequence[Tensor | None],
+    save: bool,
+) -> NodePlan:
+    return cached(
+        NodePlan,
+        tuple([tuple(x.shape) for x in inputs]),
+        inputs[0].dtype,
+        weights,
+        fusion,
+        tuple(integers),
+        tuple(floats),
+        tuple([tuple(w.shape) for w in params[::PARAMETERS]]),
+        tuple([p is not None for p in params]),
+        save,
+    )
 
 
 def forward(
     inputs: Sequence[Tensor], fusion_weight: Tensor, links: list[Link], fusion: Fusion, save: bool
-) -> tuple[Tensor, Tensor, list[Tensor | None], list[Tensor]]:
-    """The output (NHWC), the fused map v, and ``stats`` and raw outputs of the convolutions before the shuffle."""
-    native, _ = module()
+) -> tuple[Tensor, Tensor | None, list[Tensor | None], list[Tensor]]:
+    """The output (NHWC), with ``save`` the fused map v, ``stats`` and raw outputs in front of the shuffle."""
     inputs = [nhwc(x) for x in inputs]
-    v = empty_nhwc(inputs[fusion.resample.index(0)].shape, inputs[0])
-    code = native.ff_cpu_bifpn_fuse(
-        *arguments(inputs, fusion_weight, fusion), v.data_ptr(), DTYPES[v.dtype], torch.get_num_threads()
-    )
-    check(code, "bifpn_node", *inputs)
-    links = [*links[:-1], in_order_of_convolution(links[-1], fusion.shuffle_groups)]
-    y, stats, raw = conv_chain.forward(v, links, save, SILU)
-    return channel_shuffle(y, fusion.shuffle_groups) if fusion.shuffle_groups > 1 else y, v, stats, raw
+    integers, floats, params = numbers_of(links)
+    node = node_plan(inputs, len(fusion_weight), fusion, integers, floats, params, save)
+    like = inputs[0]
+    kept = [torch.empty(s, dtype=like.dtype) if len(s) == 2 else empty_nhwc(s, like) for s in node.kept.shapes]
+    y = node.run(inputs, fusion_weight, params, [t.data_ptr() for t in kept])
+    stats: list[Tensor | None] = [None] * len(links)
+    if node.keeps_stats:
+        stats[-1] = kept.pop(0)
+        if fusion.shuffle_groups > 1:
+            kept.pop(0)
+    return y, kept.pop(0) if save else None, stats, kept
 
 
 def backward(
@@ -74,36 +304,11 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor | None]:
     """Gradients of the inputs, of fusion_weight, and of the parameters of the links; None where ``needs`` is False."""
-    native, _ = module()
-    count = len(inputs)
-    needs_inputs, needs_weight, needs_links = needs[:count], needs[count], needs[count + 1 :]
-    grad = nhwc(grad)
-    if fusion.shuffle_groups > 1:
-        grad = channel_shuffle(grad, grad.shape[1] // fusion.shuffle_groups)
-    links = [*links[:-1], in_order_of_convolution(links[-1], fusion.shuffle_groups)]
-    wanted = needs_weight or any(needs_inputs)
-    found = iter(conv_chain.backward(grad, v, links, stats, raw, [wanted, *needs_links], SILU))
-    grad_v = next(found) if wanted else None
-    grad_links = [next(found) if needed else None for needed in needs_links]
-    for i in (-2, -1):
-        if grad_links[i] is not None and fusion.shuffle_groups > 1:
-            grad_links[i] = grad_links[i].view(fusion.shuffle_groups, -1).T.flatten()
-    if not wanted:
-        return [None] * (count + 1) + grad_links
     inputs = [nhwc(x) for x in inputs]
-    grads = [empty_nhwc(x.shape, x) if needed else None for x, needed in zip(inputs, needs_inputs)]
-    grad_weight = torch.empty(fusion_weight.shape, dtype=torch.float64) if needs_weight else None
-    threads = torch.get_num_threads()
-    memory = workspace(native.ff_cpu_bifpn_fuse_workspace(threads))
-    code = native.ff_cpu_bifpn_fuse_backward(
-        *arguments(inputs, fusion_weight, fusion),
-        grad_v.data_ptr(),
-        *(pointer(g) for g in grads),
-        *[0] * (3 - count),
-        pointer(grad_weight),
-        memory.data_ptr(),
-        DTYPES[v.dtype],
-        threads,
-    )
-    check(code, "bifpn_node backward", *inputs)
-    return [*grads, None if grad_weight is None else grad_weight.to(fusion_weight.dtype), *grad_links]
+    integers, floats, params = numbers_of(links)
+    node = node_plan(inputs, len(fusion_weight), fusion, integers, floats, params, True)
+    kept = [t.data_ptr() for t in stats if t is not None]
+    if fusion.shuffle_groups > 1:
+        kept *= 2  # the shuffled statistics, which the backward pass does not read
+    kept += [v.data_ptr(), *(z.data_ptr() for z in raw)]
+    return node.run_backward(nhwc(grad), inputs, fusion_weight, params, kept, needs)

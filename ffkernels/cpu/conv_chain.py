@@ -2,56 +2,284 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..ops.conv_chain import Link, nhwc
-from .conv import (
-    Geometry,
-    Source,
-    batch_norm_apply,
-    batch_norm_gradients,
-    batch_norm_reduce,
-    batch_norm_stats,
-    conv_backward,
-    conv_forward,
-    empty_nhwc,
-    nhwc_view,
-)
+from ..layout import memory_format
+from ..ops.conv_chain import PARAMETERS, Link, links_of, needs_raw, nhwc
+from . import planned_conv as convs
+from .conv import batch_norm_gradients, empty_nhwc, pointer
+from .plan import At, Layout, Map, Plan, cached
+from .planned_conv import Conv, Operand
+
+GRADIENTS = 4
+"""Tensors of a link that have gradients: weight, bias, bn_weight, bn_bias."""
 
 
-def forward(
-    x: Tensor, links: list[Link], save: bool, x_activation: int = 0
-) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
-    """The output (NHWC), ``stats`` of every link, and with ``save`` the raw output z of every link.
-
-    The first link reads x_activation(x)."""
-    source = Source(nhwc(x), None, x_activation)
-    all_stats: list[Tensor | None] = []
-    raw: list[Tensor] = []
+def record_forward(
+    plan: Plan,
+    x: Map,
+    links: Sequence[Link],
+    shapes: Sequence[tuple[int, ...]],
+    stats: Sequence[At | None],
+    raw: Sequence[Map | None] | None,
+    y: Map,
+    x_activation: int = 0,
+) -> None:
+    """y from x_activation(x). ``stats`` are to be computed, ``raw`` the raw outputs to be kept, None if none are."""
+    source, last = Operand(x, None, x_activation), len(links) - 1
+    turns: list[At] = []
+    if raw is None and last > 0:
+        sizes, size = [], x.shape
+        for link, shape in zip(links[:-1], shapes):
+            size = Conv.of(link, shape).output(size)
+            sizes.append(math.prod(size))
+        turns = [plan.scratch(max(sizes) * plan.itemsize) for _ in range(min(last, 2))]
     for i, link in enumerate(links):
-        geometry = Geometry(link.stride, link.padding, link.groups)
-        bn = (link.bn_weight, link.bn_bias, link.eps) if link.batch_statistics else None
-        stats = None
+        conv = Conv.of(link, shapes[i])
+        size = conv.output(source.x.shape)
+        z = None if raw is None else raw[i]
+        if z is None:
+            z = y if i == last else Map(turns[i % len(turns)], size, size[1])
         if link.given_statistics:
-            stats = batch_norm_stats(link.running_mean, link.running_var, link.bn_weight, link.bn_bias, link.eps)
-        after = None
-        if not save and bn is None:
-            after = Source(x, stats, link.activation, link.slope)
-        z, batch_stats = conv_forward(source, link.weight, link.bias, geometry, bn=bn, after=after)
-        stats = batch_stats if bn else stats
-        all_stats.append(stats)
-        if after is not None or (stats is None and link.activation == 0):
-            source = Source(z)
-        else:
-            source = Source(z, stats, link.activation, link.slope)
-        if save and (i + 1 < len(links) or source.stats is not None or source.activation):
-            raw.append(z)
-    if source.stats is None and source.activation == 0:
-        return source.x, all_stats, raw
-    return batch_norm_apply(source, empty_nhwc(source.x.shape, x) if save else source.x), all_stats, raw
+            convs.given_stats(plan, link, size[1], stats[i])
+        result = Operand(z, stats[i], link.activation, link.slope)
+        at_once = raw is None and not link.batch_statistics
+        bn = (link.bn_weight, link.bn_bias, link.eps) if link.batch_statistics else (None, None, 0.0)
+        computed = stats[i] if link.batch_statistics else None
+        convs.forward(plan, source, conv, z, stats=computed, bn=bn, after=result if at_once else None)
+        source = Operand(z) if at_once else result
+    if not source.plain:
+        convs.apply(plan, source, y)
+
+
+def wants_sums(link: Link, needs: Sequence[bool]) -> bool:
+    """Whether the backward pass of a link needs the sums of its gradient; ``needs`` are those of its tensors."""
+    return link.batch_statistics or any(needs[1:])
+
+
+def record_backward(
+    plan: Plan,
+    grad: Map,
+    x: Map,
+    links: Sequence[Link],
+    shapes: Sequence[tuple[int, ...]],
+    stats: Sequence[At | None],
+    raw: Sequence[Map | None],
+    grads: Sequence[At | None],
+    x_activation: int = 0,
+) -> None:
+    """Fills ``grads``: of x, and of weight, bias, bn_weight and bn_bias of every link; None are not wanted."""
+    # A last link without normalisation and activation has no use for z.
+    outputs = [Operand(z or grad, s, link.activation, link.slope) for z, s, link in zip(raw, stats, links)]
+    last = len(links) - 1
+    # Gradients inside the chain take turns in two buffers, which stay in the cache.
+    largest = max((math.prod(z.shape) for z in raw[:-1]), default=0)
+    turns = [plan.scratch(largest * plan.itemsize) for _ in range(min(last, 2))]
+    marks = [grads[1 + GRADIENTS * i : 1 + GRADIENTS * (i + 1)] for i in range(len(links))]
+    # The gradient of the last output still has its activation in front of it; the convolution undoes it as it reads.
+    sums = convs.reduce(plan, grad, outputs[last]) if wants_sums(links[last], marks[last]) else None
+    for i in range(last, -1, -1):
+        link, output = links[i], outputs[i]
+        channels = output.x.shape[1]
+        if i < last:
+            output = output._replace(activation=0)
+        if sums is not None:
+            convs.affine_gradients(plan, link, output.stats, channels, sums, channels, channels, marks[i][1:])
+        source = Operand(x, None, x_activation) if i == 0 else outputs[i - 1]
+        wanted = any(g is not None for g in grads[: 1 + GRADIENTS * i])
+        if not wanted and marks[i][0] is None:
+            break
+        size = source.x.shape
+        grad_x = Map(turns[i % len(turns)] if i else grads[0], size, size[1]) if wanted else None
+        x_sums = convs.sums_of(plan, size[1]) if i and wanted and wants_sums(links[i - 1], marks[i - 1]) else None
+        convs.backward(
+            plan,
+            grad,
+            output,
+            sums if link.batch_statistics else None,
+            link.eps,
+            source,
+            Conv.of(link, shapes[i]),
+            grad_x=grad_x,
+            grad_weight=marks[i][0],
+            x_sums=x_sums,
+        )
+        if not wanted:
+            break
+        grad, sums = grad_x, x_sums
+
+
+class LinksPlan:
+    """An op with one input and the parameters of links, for one size of its input.
+
+    Attributes:
+        plan, backward_plans: the calls of the forward pass, and those of the backward pass by what it is to compute.
+        output: size of the output.
+        kept: what the forward pass leaves behind, ``stats`` first.
+    """
+
+    op: str
+    needs_output = False
+    plan: Plan
+    links: list[Link]
+    output: tuple[int, ...]
+    kept: Layout
+
+    def __init__(self) -> None:
+        self.backward_plans: dict[tuple[bool, ...], Plan] = {}
+
+    def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
+        raise NotImplementedError
+
+    def run(self, x: Tensor, params: Sequence[Tensor | None], kept: list[int]) -> Tensor:
+        """The output, NHWC."""
+        y = empty_nhwc(self.output, x)
+        self.plan.run(self.op, [x.data_ptr(), y.data_ptr(), *map(pointer, params), *kept])
+        return y
+
+    def run_backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        params: Sequence[Tensor | None],
+        kept: list[int],
+        needs: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients of x (NHWC) and of the first four of each six params, None where ``needs`` is False."""
+        key = tuple(needs)
+        plan = self.backward_plans.get(key)
+        if plan is None:
+            plan = self.backward_plans[key] = self._plan_backward(key)
+        grads: list[Tensor | None] = [empty_nhwc(x.shape, x) if key[0] else None]
+        for i, link in enumerate(self.links):
+            weight, bias, *affine = params[PARAMETERS * i : PARAMETERS * i + GRADIENTS]
+            first = 1 + GRADIENTS * i
+            grads.append(torch.empty_like(weight) if key[first] else None)
+            # A constant per channel vanishes when the mean of the batch is subtracted.
+            make = torch.zeros_like if link.batch_statistics else torch.empty_like
+            grads.append(make(bias) if key[first + 1] else None)
+            grads += [torch.empty_like(p) if needed else None for p, needed in zip(affine, key[first + 2 : first + 4])]
+        pointers = [grad.data_ptr(), x.data_ptr(), *map(pointer, params), *kept, *map(pointer, grads)]
+        plan.run(f"{self.op} backward", pointers)
+        return grads
+
+    def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor]:
+        kept = self.kept.empty()
+        y = self.run(nhwc(x), params, self.kept.pointers(kept))
+        return y.contiguous(memory_format=memory_format(x)), kept
+
+    def backward(
+        self, grad: Tensor, y: None, kept: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        x, *params = tensors
+        wanted = [needs[0]]
+        for i in range(1, len(needs), PARAMETERS):
+            wanted += needs[i : i + GRADIENTS]
+        found = self.run_backward(nhwc(grad), nhwc(x), params, self.kept.pointers(kept), wanted)
+        grads = [found[0] if found[0] is None else found[0].contiguous(memory_format=memory_format(x))]
+        for i in range(1, len(found), GRADIENTS):
+            grads += [*found[i : i + GRADIENTS], None, None]
+        return grads
+
+
+class ChainPlan(LinksPlan):
+    """A chain for one size of its input. What it keeps: ``stats`` of every link, then its raw output, where needed."""
+
+    op = "conv_chain"
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        integers: tuple[int, ...],
+        floats: tuple[float, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        save: bool,
+    ) -> None:
+        super().__init__()
+        self.size, self.dtype, self.integers, self.floats, self.shapes = size, dtype, integers, floats, shapes
+        self.plan = plan = Plan(dtype)
+        x, y = plan.base(), plan.base()
+        self.links = links = links_of([plan.base() for _ in range(PARAMETERS * len(shapes))], integers, floats)
+        self.kept = Layout(dtype)
+        self.outputs = []
+        for link, shape in zip(links, shapes):
+            size = Conv.of(link, shape).output(size)
+            self.outputs.append(size)
+        self.output = size
+        self.keeps_stats = [link.batch_statistics or (save and link.given_statistics) for link in links]
+        self.keeps_raw = [save and needs_raw(links, i) for i in range(len(links))]
+        stats = self._kept_stats(plan)
+        raw = self._kept_raw(plan)
+        for i, link in enumerate(links):
+            if link.given_statistics and not save:
+                stats[i] = plan.scratch(4 * shapes[i][0] * plan.itemsize)
+        y = Map(y, size, size[1])
+        record_forward(plan, Map(x, self.size, self.size[1]), links, shapes, stats, raw if save else None, y)
+        for i, shape in enumerate(shapes):
+            if self.keeps_stats[i]:
+                self.kept.add(4, shape[0])
+        for i, size in enumerate(self.outputs):
+            if self.keeps_raw[i]:
+                self.kept.add(*size)
+
+    def statistics(self, kept: Tensor) -> list[tuple[int, int]]:
+        """Addresses of the mean and variance of every link that normalises with those of the batch."""
+        starts = iter(self.kept.pointers(kept))
+        found = []
+        for link, shape, keep in zip(self.links, self.shapes, self.keeps_stats):
+            mean = next(starts) if keep else 0
+            if link.batch_statistics:
+                found.append((mean, mean + shape[0] * kept.itemsize))
+        return found
+
+    def _kept_stats(self, plan: Plan) -> list[At | None]:
+        return [plan.base() if keep else None for keep in self.keeps_stats]
+
+    def _kept_raw(self, plan: Plan) -> list[Map | None]:
+        return [Map(plan.base(), s, s[1]) if keep else None for s, keep in zip(self.outputs, self.keeps_raw)]
+
+    def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
+        plan = Plan(self.dtype)
+        size = self.outputs[-1]
+        grad, x = Map(plan.base(), size, size[1]), Map(plan.base(), self.size, self.size[1])
+        links = links_of([plan.base() for _ in range(PARAMETERS * len(self.shapes))], self.integers, self.floats)
+        stats, raw = self._kept_stats(plan), self._kept_raw(plan)
+        places = [plan.base() for _ in needs]
+        grads = [at if needed else None for at, needed in zip(places, needs)]
+        record_backward(plan, grad, x, links, self.shapes, stats, raw, grads)
+        return plan
+
+
+def chain_plan(
+    x: Tensor, integers: Sequence[int], floats: Sequence[float], params: Sequence[Tensor | None], save: bool
+) -> ChainPlan:
+    shapes = tuple([tuple(w.shape) for w in params[::PARAMETERS]])
+    return cached(ChainPlan, tuple(x.shape), x.dtype, tuple(integers), tuple(floats), shapes, save)
+
+
+def numbers_of(links: Sequence[Link]) -> tuple[list[int], list[float], list[Tensor | None]]:
+    """Links as the flat integers, floats and tensors of a raw op."""
+    integers = [n for k in links for n in (k.stride, k.padding, k.groups, k.activation, k.normalisation)]
+    floats = [v for k in links for v in (k.slope, k.eps)]
+    return integers, floats, [p for link in links for p in link[:PARAMETERS]]
+
+
+def forward(x: Tensor, links: list[Link], save: bool) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+    """The output (NHWC), ``stats`` of every link, and with ``save`` the raw output z of every link."""
+    x = nhwc(x)
+    integers, floats, params = numbers_of(links)
+    chain = chain_plan(x, integers, floats, params, save)
+    shapes = zip(chain.shapes, chain.keeps_stats)
+    stats = [torch.empty((4, shape[0]), dtype=x.dtype) if keep else None for shape, keep in shapes]
+    raw = [empty_nhwc(size, x) for size, keep in zip(chain.outputs, chain.keeps_raw) if keep]
+    kept = [t.data_ptr() for t in (*stats, *raw) if t is not None]
+    y = chain.run(x, params, kept)
+    return y, stats, raw
 
 
 def backward(
@@ -61,85 +289,29 @@ def backward(
     stats: list[Tensor | None],
     raw: list[Tensor],
     needs: list[bool],
-    x_activation: int = 0,
 ) -> list[Tensor]:
     """Gradients of x and of weight, bias, bn_weight, bn_bias of every link, those that ``needs`` marks."""
     x = nhwc(x)
-    grad = nhwc(grad)
-    raw = [*raw, grad][: len(links)]  # a last link without normalisation and activation has no use for z
-    outputs = [Source(z, s, link.activation, link.slope) for z, s, link in zip(raw, stats, links)]
-    grads: list[Tensor | None] = [None] * len(needs)
-
-    def wants_sums(i: int) -> bool:
-        return links[i].batch_statistics or any(needs[2 + 4 * i : 5 + 4 * i])
-
-    last = len(links) - 1
-    # Gradients inside the chain take turns in two buffers, which stay in the cache.
-    largest = max((z.numel() for z in raw[:-1]), default=0)
-    turns = [empty_nhwc((1, 1, 1, largest), x).flatten() for _ in range(min(last, 2))]
-    # The gradient of the last output still has its activation in front of it; the convolution undoes it as it reads.
-    sums = batch_norm_reduce(grad, outputs[last]) if wants_sums(last) else None
-    for i in range(last, -1, -1):
-        link, output = links[i], outputs[i]
-        if i < last:
-            output = output._replace(activation=0)
-        if sums is not None:
-            marks = slice(2 + 4 * i, 5 + 4 * i)
-            grads[marks] = link_gradients(link, output.stats, sums, needs[marks], batch_norm_gradients)
-        source = Source(x, None, x_activation) if i == 0 else outputs[i - 1]
-        wanted = any(needs[: 1 + 4 * i])
-        if not wanted and not needs[1 + 4 * i]:
-            break
-        grad_x = None
-        if wanted:
-            grad_x = nhwc_view(turns[i % len(turns)], source.x.shape) if i else empty_nhwc(source.x.shape, x)
-        grad_weight = torch.empty_like(link.weight) if needs[1 + 4 * i] else None
-        x_sums = (
-            torch.empty((2, source.x.shape[1]), dtype=torch.float64) if i and wanted and wants_sums(i - 1) else None
-        )
-        conv_backward(
-            grad,
-            output,
-            sums if link.batch_statistics else None,
-            link.eps,
-            source,
-            link.weight,
-            Geometry(link.stride, link.padding, link.groups),
-            grad_x=grad_x,
-            grad_weight=grad_weight,
-            x_sums=x_sums,
-        )
-        grads[1 + 4 * i] = grad_weight
-        if not wanted:
-            break
-        grad, sums = grad_x, x_sums
-    else:
-        grads[0] = grad
-    return [g for g, needed in zip(grads, needs) if needed]
+    kept = [t.data_ptr() for t in (*stats, *raw) if t is not None]
+    integers, floats, params = numbers_of(links)
+    grads = chain_plan(x, integers, floats, params, True).run_backward(nhwc(grad), x, params, kept, needs)
+    return [g for g in grads if g is not None]
 
 
-def affine_gradients(
-    sums: Tensor, stats: Tensor, eps: float, needs_weight: bool, needs_bias: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """:func:`ffkernels.cpu.conv.batch_norm_gradients` on any device, in float64."""
-    weight = sums[1] * (stats[1].double() + eps).rsqrt_() if needs_weight else None
-    return weight, sums[0] if needs_bias else None
-
-
-def link_gradients(
-    link: Link,
-    stats: Tensor | None,
-    sums: Tensor,
-    needs: list[bool],
-    affine: Callable[..., tuple[Tensor | None, Tensor | None]] = affine_gradients,
-) -> list[Tensor | None]:
-    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean); ``affine`` makes the two."""
+def link_gradients(link: Link, stats: Tensor | None, sums: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean)."""
     bias = weight = bn_bias = None
+    dtype = link.weight.dtype
     if needs[0]:
         if link.batch_statistics:
             bias = torch.zeros_like(link.bias)  # a constant per channel vanishes when the mean is subtracted
         else:
-            bias = sums[0] if stats is None else sums[0] * stats[2]
-    if stats is not None:
-        weight, bn_bias = affine(sums, stats, link.eps, needs[1], needs[2])
-    return [g if g is None else g.to(link.weight.dtype) for g in (bias, weight, bn_bias)]
+            bias = (sums[0] if stats is None else sums[0] * stats[2]).to(dtype)
+    if sums.is_cpu and stats is not None and stats.dtype == dtype:
+        weight, bn_bias = batch_norm_gradients(sums, stats, link.eps, needs[1], needs[2])
+        return [bias, weight, bn_bias]
+    if needs[1]:
+        weight = (sums[1] * (stats[1].double() + link.eps).rsqrt_()).to(dtype)
+    if needs[2]:
+        bn_bias = sums[0].to(dtype)
+    return [bias, weight, bn_bias]

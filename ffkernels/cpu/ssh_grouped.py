@@ -7,152 +7,232 @@ zeros of a dense weight: with a few channels per group, a vector of outputs span
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..native import DTYPES, check, module
-from ..ops.conv_chain import Link, nhwc
-from .conv import (
-    ACTIVATIONS,
-    Geometry,
-    Source,
-    batch_norm_gradients,
-    batch_norm_stats,
-    conv_backward,
-    conv_forward,
-    empty_nhwc,
-    pixel,
-    pointer,
-    workspace,
-)
-from .conv_chain import link_gradients
+from ..ops.conv_chain import PARAMETERS, Link, links_of, nhwc
+from . import planned_conv as convs
+from .conv import ACTIVATIONS, empty_nhwc
+from .conv_chain import GRADIENTS, LinksPlan, numbers_of
+from .plan import At, Layout, Map, Plan, cached
+from .planned_conv import Conv, Operand
 
 STAGES = ((0, 1), (2, 3), (4,))
+"""Links that read the same map."""
+INNER = (1, 3)
+"""Links whose output the next stage reads: the second of the first two stages."""
 RELU = ACTIVATIONS["relu"]
+KERNEL = 3
 
 
-def dense_view(weight: Tensor, link: Link) -> Tensor:
-    """The part of a dense (O, C, k, k) weight that a grouped convolution uses, as (O / g, C / g, k, k, g)."""
-    out_channels, channels, kernel, _ = weight.shape
-    groups = link.groups
-    blocks = weight.view(groups, out_channels // groups, groups, channels // groups, kernel, kernel)
-    return blocks.diagonal(dim1=0, dim2=2)
+class Stage:
+    """The links of one stage as one convolution: parameters side by side in scratch memory."""
+
+    def __init__(self, plan: Plan, links: Sequence[Link], indices: Sequence[int], shapes: Sequence, x: Map) -> None:
+        self.links = [links[i] for i in indices]
+        self.outputs = [shapes[i][0] for i in indices]
+        self.firsts = [sum(self.outputs[:i]) for i in range(len(indices))]
+        self.channels, self.inputs = sum(self.outputs), x.shape[1]
+        self.row = self.inputs * KERNEL * KERNEL * plan.itemsize
+        self.weight = plan.scratch(self.channels * self.row)
+        for link, n, first in zip(self.links, self.outputs, self.firsts):
+            numbers = (n, self.inputs, KERNEL, link.groups)
+            plan.call_single("ff_cpu_ssh_grouped_weight", link.weight, *numbers, self.weight.plus(first * self.row))
+        self.size = (x.shape[0], self.channels, *x.shape[2:])
+        bias = self.joined(plan, "bias")
+        self.conv = Conv(self.weight, (self.channels, self.inputs, KERNEL, KERNEL), bias, 1, 1, 1)
+
+    def joined(self, plan: Plan, field: str) -> At | None:
+        """A parameter of all links, side by side; either all have it or none."""
+        values = [getattr(link, field) for link in self.links]
+        if None in values or len(values) == 1:
+            return values[0]
+        target = plan.scratch(self.channels * plan.itemsize)
+        for value, n, first in zip(values, self.outputs, self.firsts):
+            plan.copy(value, 1, n, target.plus(first * plan.itemsize))
+        return target
+
+    def slice(self, plan: Plan, z: Map, stats: At | None, i: int, activation: int = RELU) -> Operand:
+        """The output of link ``i`` of the stage."""
+        n, first = self.outputs[i], self.firsts[i]
+        part = plan.channels(z, first, n)
+        if stats is None:
+            return Operand(part)
+        if len(self.links) > 1:
+            target = plan.scratch(4 * n * plan.itemsize)
+            plan.copy(stats.plus(first * plan.itemsize), 4, n, target, self.channels, n)
+            stats = target
+        return Operand(part, stats, activation)
 
 
-def grouped_view(weight: Tensor, link: Link) -> Tensor:
-    """(O, C / g, k, k) as (O / g, C / g, k, k, g)."""
-    return weight.unflatten(0, (link.groups, -1)).permute(1, 2, 3, 4, 0)
+def seam(plan: Plan, branches: Sequence[Operand]) -> tuple[list, At]:
+    """Arguments and workspace that both seams share."""
+    arguments = [v for b in branches for v in (b.x.at, b.x.pixel, b.x.shape[1], b.stats)]
+    widths = [b.x.shape[1] for b in branches]
+    return arguments, plan.workspace(plan.native.ff_cpu_ssh_grouped_workspace(*widths, plan.dtype, plan.threads))
 
 
-def concatenated(tensors: list[Tensor | None], dim: int = 0) -> Tensor | None:
-    """The concatenation, or None where all are missing. Either all are there or none."""
-    if tensors[0] is None:
-        return None
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+class BlockPlan(LinksPlan):
+    """A block for one size of its input. What it keeps: ``stats`` of its three stages, then their raw outputs."""
+
+    op = "ssh_grouped"
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        dtype: torch.dtype,
+        integers: tuple[int, ...],
+        floats: tuple[float, ...],
+        shapes: tuple[tuple[int, ...], ...],
+        present: tuple[bool, ...],
+        save: bool,
+    ) -> None:
+        super().__init__()
+        *self.integers, self.shuffle_groups = integers
+        self.size, self.dtype, self.floats, self.shapes, self.present = size, dtype, floats, shapes, present
+        self.plan = plan = Plan(dtype)
+        x, y = plan.base(), plan.base()
+        self.links = links = self._links(plan)
+        self.widths = [sum(shapes[i][0] for i in stage) for stage in STAGES]
+        training = links[0].batch_statistics
+        self.keeps_stats, self.saves = save or training, save
+        self.sizes = [(size[0], n, *size[2:]) for n in self.widths]
+        self.kept = Layout(dtype)
+        stats, raw = self._kept(plan)
+        if not self.keeps_stats:
+            stats = [plan.scratch(4 * n * plan.itemsize) for n in self.widths]
+        if not save:
+            raw = [plan.scratch_map(s) for s in self.sizes]
+        source, branches = Operand(Map(x, size, size[1])), []
+        at_once = not save and not training
+        for i, indices in enumerate(STAGES):
+            stage = Stage(plan, links, indices, shapes, source.x)
+            bn_weight, bn_bias = stage.joined(plan, "bn_weight"), stage.joined(plan, "bn_bias")
+            eps = stage.links[0].eps
+            if not training:
+                names = ("running_mean", "running_var")
+                given = stage.links[0]._replace(
+                    bn_weight=bn_weight, bn_bias=bn_bias, **{n: stage.joined(plan, n) for n in names}
+                )
+                convs.given_stats(plan, given, stage.channels, stats[i])
+            after = Operand(raw[i], stats[i], RELU) if at_once else None
+            computed, bn = (stats[i], (bn_weight, bn_bias, eps)) if training else (None, (None, None, 0.0))
+            convs.forward(plan, source, stage.conv, raw[i], stats=computed, bn=bn, after=after)
+            seen = None if at_once else stats[i]
+            branches.append(stage.slice(plan, raw[i], seen, 0))
+            if len(indices) > 1:
+                source = stage.slice(plan, raw[i], seen, 1)
+        arguments, workspace = seam(plan, branches)
+        channels = sum(b.x.shape[1] for b in branches)
+        self.output = (size[0], channels, *size[2:])
+        pixels = branches[0].x.pixels
+        plan.call("ff_cpu_ssh_grouped_join", *arguments, pixels, self.shuffle_groups, y, workspace)
+        if self.keeps_stats:
+            for n in self.widths:
+                self.kept.add(4, n)
+        if save:
+            for s in self.sizes:
+                self.kept.add(*s)
+
+    def _links(self, plan: Plan) -> list[Link]:
+        bases = [plan.base() for _ in self.present]
+        places = [at if there else None for at, there in zip(bases, self.present)]
+        return links_of(places, self.integers, self.floats)
+
+    def _kept(self, plan: Plan) -> tuple[list[At], list[Map]]:
+        stats = [plan.base() for _ in STAGES] if self.keeps_stats else []
+        return stats, [Map(plan.base(), s, s[1]) for s in self.sizes] if self.saves else []
+
+    def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
+        plan = Plan(self.dtype)
+        n = plan.itemsize
+        grad, x = plan.base(), Map(plan.base(), self.size, self.size[1])
+        links = self._links(plan)
+        stats, raw = self._kept(plan)
+        places = [plan.base() for _ in needs]
+        grads = [at if needed else None for at, needed in zip(places, needs)]
+        inputs = [x, *(plan.channels(z, self.shapes[i][0], self.shapes[j][0]) for z, (i, j) in zip(raw, STAGES[:2]))]
+        stages = [Stage(plan, links, indices, self.shapes, source) for indices, source in zip(STAGES, inputs)]
+        branches = [stage.slice(plan, z, s, 0) for stage, z, s in zip(stages, raw, stats)]
+        sources = [Operand(x), *(stage.slice(plan, z, s, 1) for stage, z, s in zip(stages, raw[:2], stats))]
+        g = [plan.scratch_map(size) for size in self.sizes]
+        parts = [plan.channels(part, 0, stage.outputs[0]) for part, stage in zip(g, stages)]
+        split_sums = [convs.sums_of(plan, part.shape[1]) for part in parts]
+        outputs = [v for part, s in zip(parts, split_sums) for v in (part.at, part.pixel, s)]
+        arguments, workspace = seam(plan, branches)
+        pixels = parts[0].pixels
+        plan.call("ff_cpu_ssh_grouped_split", grad, *arguments, pixels, self.shuffle_groups, *outputs, workspace)
+        inner_sums = None
+        for i in (2, 1, 0):
+            stage, indices = stages[i], STAGES[i]
+            sums = split_sums[i]
+            if inner_sums is not None:
+                sums = convs.sums_of(plan, stage.channels)
+                for part, width, first in zip((split_sums[i], inner_sums), stage.outputs, stage.firsts):
+                    plan.copy(part, 2, width, sums.plus(8 * first), width, stage.channels, 8)
+            for index, link, width, first in zip(indices, stage.links, stage.outputs, stage.firsts):
+                marks = grads[2 + GRADIENTS * index : 1 + GRADIENTS * (index + 1)]
+                place, seen = sums.plus(8 * first), stats[i].plus(n * first)
+                convs.affine_gradients(plan, link, seen, stage.channels, place, stage.channels, width, marks)
+            wanted = [grads[1 + GRADIENTS * index] for index in indices]
+            grad_weight = plan.scratch(stage.channels * stage.row) if any(wanted) else None
+            grad_x = None
+            if i > 0:
+                grad_x = plan.channels(g[i - 1], stages[i - 1].outputs[0], stages[i - 1].outputs[1])
+                inner_sums = convs.sums_of(plan, grad_x.shape[1])
+            elif grads[0] is not None:
+                grad_x = Map(grads[0], self.size, self.size[1])
+            convs.backward(
+                plan,
+                g[i],
+                Operand(raw[i], stats[i]),
+                sums if links[0].batch_statistics else None,
+                links[0].eps,
+                sources[i],
+                stage.conv,
+                grad_x=grad_x,
+                grad_weight=grad_weight,
+                x_sums=inner_sums if i > 0 else None,
+            )
+            for link, width, first, target in zip(stage.links, stage.outputs, stage.firsts, wanted):
+                if target is not None:
+                    numbers = (width, stage.inputs, KERNEL, link.groups)
+                    plan.call_single("ff_cpu_ssh_grouped_unpack", grad_weight.plus(first * stage.row), *numbers, target)
+        return plan
+
+    def statistics(self, kept: Tensor) -> list[tuple[int, int]]:
+        """Addresses of the mean and variance of every link's output."""
+        found = []
+        for start, indices, channels in zip(self.kept.pointers(kept), STAGES, self.widths):
+            first = 0
+            for i in indices:
+                mean = start + first * kept.itemsize
+                found.append((mean, mean + channels * kept.itemsize))
+                first += self.shapes[i][0]
+        return found
 
 
-class Stage(NamedTuple):
-    """One or two links that read the same map, as one convolution."""
-
-    links: list[Link]
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def channels(self) -> list[int]:
-        return [len(link.weight) for link in self.links]
-
-
-def stages_of(links: list[Link]) -> list[Stage]:
-    stages = []
-    for indices in STAGES:
-        members = [links[i] for i in indices]
-        channels = members[0].weight.shape[1] * members[0].groups
-        weight = members[0].weight.new_zeros((sum(len(m.weight) for m in members), channels, 3, 3))
-        first = 0
-        for member in members:
-            part = weight[first : first + len(member.weight)]
-            dense_view(part, member).copy_(grouped_view(member.weight, member))
-            first += len(member.weight)
-        biases = [m.bias for m in members]
-        if any(b is not None for b in biases):
-            biases = [m.weight.new_zeros(len(m.weight)) if b is None else b for m, b in zip(members, biases)]
-        stages.append(Stage(members, weight, concatenated(biases)))
-    return stages
-
-
-def affine_of(stage: Stage) -> tuple[Tensor | None, Tensor | None, float]:
-    members = stage.links
-    return (
-        concatenated([m.bn_weight for m in members]),
-        concatenated([m.bn_bias for m in members]),
-        members[0].eps,
-    )
-
-
-def branches_of(raw: list[Tensor], stats: list[Tensor | None], stages: list[Stage]) -> list[tuple]:
-    """(z, stats) of the three parts of the output, and of the two maps inside: channel slices of the raw outputs."""
-    parts = []
-    for z, s, stage in zip(raw, stats, stages):
-        first = 0
-        for n in stage.channels:
-            parts.append((z[:, first : first + n], None if s is None else s[:, first : first + n].contiguous()))
-            first += n
-    return [parts[0], parts[2], parts[4], parts[1], parts[3]]
-
-
-def branch_arguments(branches: list[tuple]) -> list[int]:
-    return [v for z, s in branches[:3] for v in (z.data_ptr(), pixel(z), z.shape[1], pointer(s))]
+def block_plan(
+    x: Tensor, integers: Sequence[int], floats: Sequence[float], params: Sequence[Tensor | None], save: bool
+) -> BlockPlan:
+    shapes = tuple([tuple(w.shape) for w in params[::PARAMETERS]])
+    present = tuple([p is not None for p in params])
+    return cached(BlockPlan, tuple(x.shape), x.dtype, tuple(integers), tuple(floats), shapes, present, save)
 
 
 def forward(
     x: Tensor, links: list[Link], shuffle_groups: int, save: bool
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
     """The output (NHWC), ``stats`` of the three stages, and with ``save`` their raw outputs."""
-    native, _ = module()
-    x, geometry, stages = nhwc(x), Geometry(1, 1, 1), stages_of(links)
-    all_stats: list[Tensor | None] = []
-    raw: list[Tensor] = []
-    source = Source(x)
-    activated = False
-    for stage in stages:
-        bn_weight, bn_bias, eps = affine_of(stage)
-        bn, stats, after = None, None, None
-        if links[0].batch_statistics:
-            bn = bn_weight, bn_bias, eps
-        else:
-            mean, var = (
-                concatenated([getattr(m, name) for m in stage.links]) for name in ("running_mean", "running_var")
-            )
-            stats = batch_norm_stats(mean, var, bn_weight, bn_bias, eps)
-            if not save:
-                after, activated = Source(x, stats, RELU), True
-        z, batch_stats = conv_forward(source, stage.weight, stage.bias, geometry, bn=bn, after=after)
-        all_stats.append(batch_stats if bn else stats)
-        raw.append(z)
-        inner = z[:, stage.channels[0] :]
-        if activated:
-            source = Source(inner)
-        else:
-            source = Source(inner, all_stats[-1][:, stage.channels[0] :].contiguous(), RELU)
-    branches = branches_of(raw, [None] * 3 if activated else all_stats, stages)
-    channels = [z.shape[1] for z, _ in branches[:3]]
-    dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
-    y = empty_nhwc((x.shape[0], sum(channels), *x.shape[2:]), x)
-    memory = workspace(native.ff_cpu_ssh_grouped_workspace(*channels, dtype, threads))
-    code = native.ff_cpu_ssh_grouped_join(
-        *branch_arguments(branches),
-        x.shape[0] * x.shape[2] * x.shape[3],
-        shuffle_groups,
-        y.data_ptr(),
-        memory.data_ptr(),
-        dtype,
-        threads,
-    )
-    check(code, "ssh_grouped", x)
-    return y, all_stats, raw if save else []
+    x = nhwc(x)
+    integers, floats, params = numbers_of(links)
+    block = block_plan(x, [*integers, shuffle_groups], floats, params, save)
+    stats = [torch.empty((4, n), dtype=x.dtype) for n in block.widths] if block.keeps_stats else []
+    raw = [empty_nhwc(size, x) for size in block.sizes] if save else []
+    y = block.run(x, params, [t.data_ptr() for t in (*stats, *raw)])
+    return y, stats, raw
 
 
 def backward(
@@ -165,70 +245,10 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x and of weight, bias, bn_weight, bn_bias of every link, those that ``needs`` marks."""
-    native, _ = module()
-    x, grad = nhwc(x), nhwc(grad)
-    stages = stages_of(links)
-    branches = branches_of(raw, stats, stages)
-    channels = [z.shape[1] for z, _ in branches[:3]]
-    dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
-    g = [torch.empty_like(z) for z in raw]
-    parts = [part[:, :n] for part, n in zip(g, channels)]
-    sums = [torch.empty((2, n), dtype=torch.float64) for n in channels]
-    memory = workspace(native.ff_cpu_ssh_grouped_workspace(*channels, dtype, threads))
-    outputs = [v for part, s in zip(parts, sums) for v in (part.data_ptr(), pixel(part), s.data_ptr())]
-    code = native.ff_cpu_ssh_grouped_split(
-        grad.data_ptr(),
-        *branch_arguments(branches),
-        x.shape[0] * x.shape[2] * x.shape[3],
-        shuffle_groups,
-        *outputs,
-        memory.data_ptr(),
-        dtype,
-        threads,
+    x = nhwc(x)
+    integers, floats, params = numbers_of(links)
+    kept = [t.data_ptr() for t in (*stats, *raw)]
+    found = block_plan(x, [*integers, shuffle_groups], floats, params, True).run_backward(
+        nhwc(grad), x, params, kept, needs
     )
-    check(code, "ssh_grouped backward", x)
-
-    grads: list[Tensor | None] = [None] * len(needs)
-    inner_sums = None
-    for i in (2, 1, 0):
-        stage, indices = stages[i], STAGES[i]
-        stage_sums = sums[i] if inner_sums is None else torch.cat((sums[i], inner_sums), 1)
-        first = 0
-        for index, member in zip(indices, stage.links):
-            n = len(member.weight)
-            columns = slice(first, first + n)
-            marks = slice(2 + 4 * index, 5 + 4 * index)
-            member_stats, member_sums = stats[i][:, columns], stage_sums[:, columns]
-            grads[marks] = link_gradients(member, member_stats, member_sums, needs[marks], batch_norm_gradients)
-            first += n
-        grad_weight = torch.empty_like(stage.weight) if any(needs[1 + 4 * index] for index in indices) else None
-        if i == 0:
-            source, grad_x, inner_sums = Source(x), empty_nhwc(x.shape, x) if needs[0] else None, None
-        else:
-            z, s = branches[4 if i == 2 else 3]
-            source = Source(z, s, RELU)
-            grad_x = g[i - 1][:, stages[i - 1].channels[0] :]
-            inner_sums = torch.empty((2, z.shape[1]), dtype=torch.float64)
-        conv_backward(
-            g[i],
-            Source(raw[i], stats[i]),
-            stage_sums if links[0].batch_statistics else None,
-            stage.links[0].eps,
-            source,
-            stage.weight,
-            Geometry(1, 1, 1),
-            grad_x=grad_x,
-            grad_weight=grad_weight,
-            x_sums=inner_sums,
-        )
-        first = 0
-        for index, member in zip(indices, stage.links):
-            n = len(member.weight)
-            if needs[1 + 4 * index]:
-                mine = torch.empty_like(member.weight)
-                grouped_view(mine, member).copy_(dense_view(grad_weight[first : first + n], member))
-                grads[1 + 4 * index] = mine
-            first += n
-        if i == 0:
-            grads[0] = grad_x
-    return [value for value, needed in zip(grads, needs) if needed]
+    return [g for g in found if g is not None]

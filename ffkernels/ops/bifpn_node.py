@@ -26,7 +26,7 @@ from .conv_chain import (
     links_of,
     statistics_dtype,
 )
-from .library import define, kernels
+from .library import Planned, define, direct, kernels, update_from_addresses
 
 OP = "bifpn_node"
 
@@ -225,6 +225,15 @@ def _call(
     dtype = target.dtype
     weight = fusion_weight.to(statistics_dtype(target)).contiguous()
     params = [t if t is None else t.to(dtype).contiguous() for t in params]
+    if backend == "cpu" and direct(target, [bn]):
+        fusion = Fusion(tuple(integers[: len(inputs)]), shuffle_groups, pool == "max_same", epsilon)
+        numbers = integers[len(inputs) + 2 :], floats[1:]
+        plan = kernels(backend, OP).node_plan(inputs, len(weight), fusion, *numbers, params, record)
+        y, kept = (Planned.apply(plan, *inputs, weight, *params)) if record else plan.forward(*inputs, weight, *params)
+        if bn.training:
+            values = target.shape[0] * target.shape[2] * target.shape[3]
+            update_from_addresses([(bn, *plan.statistics(kept), values)])
+        return y
     if record:
         y, *stats = _BiFPNNode.apply(integers, floats, len(inputs), backend, *inputs, weight, *params)
     else:

@@ -17,7 +17,7 @@ from ..params import ChannelMLP, ConvParams
 from ..reference.cbam import cbam as reference
 from . import checks
 from .conv_chain import statistics_dtype
-from .library import define, kernels
+from .library import Planned, define, direct, kernels, update_from_addresses
 
 OP = "cbam"
 
@@ -102,9 +102,8 @@ def _fake(
             for count in (2 * groups, groups, groups)
         ]
         return [y, *running, *vectors, *maps]
-    normaliser = groups if app.training else 0
     shapes = [(2, batch, channels), (batch, channels), (batch, 2 * groups, height, width)]
-    shapes += [(batch, groups, height, width), (normaliser,), (normaliser,), (batch, groups, height, width)]
+    shapes += [(batch, groups, height, width), (4, groups), (batch, groups, height, width)]
     return [y, *running, *(x.new_empty(shape) for shape in shapes)]
 
 
@@ -212,6 +211,15 @@ def _apply(
     integers = [int(spatial_order == "max_mean"), int(residual is x), int(relu), int(bn.training)]
     floats = [float(bn.momentum), float(bn.eps)]
     residual = None if residual is x else residual
+    if backend == "cpu" and direct(x, [bn]):
+        if bn.training:
+            params[7:] = [None, None]  # the caller updates them in place, and they are not read
+        plan = kernels(backend, OP).application_plan(x, params, integers, floats)
+        y, kept = Planned.apply(plan, x, residual, *params) if record else plan.forward(x, residual, *params)
+        if bn.training:
+            values = x.shape[0] * x.shape[2] * x.shape[3]
+            update_from_addresses([(bn, *plan.statistics(kept), values)])
+        return y
     if record:
         y, *running = _CBAM.apply(x, residual, integers, floats, backend, *params)
     else:

@@ -21,7 +21,7 @@ from ..layout import memory_format
 from ..params import ConvUnit
 from ..reference.conv_chain import conv_chain as reference
 from . import checks
-from .library import define, kernels
+from .library import Planned, define, direct, kernels, update_from_addresses
 
 OP = "conv_chain"
 
@@ -282,6 +282,16 @@ def run_chain(
 ) -> Tensor:
     """The output of ``units`` one after the other; updates running statistics as ``nn.BatchNorm2d`` does."""
     integers, floats, params = flatten(x, units)
+    if backend == "cpu" and direct(x, [unit.bn for unit in units]):
+        plan = kernels(backend, OP).chain_plan(x, integers, floats, params, record)
+        y, kept = Planned.apply(plan, x, *params) if record else plan.forward(x, *params)
+        training = [(unit.bn, size) for unit, size in zip(units, sizes) if unit.bn is not None and unit.bn.training]
+        if training:
+            addresses = plan.statistics(kept)
+            update_from_addresses(
+                [(bn, *at, x.shape[0] * height * width) for (bn, (height, width)), at in zip(training, addresses)]
+            )
+        return y
     modes = integers[4::5]
     if record:
         y, *stats = Block.apply(x, OP, len(modes) - modes.count(NO_BATCH_NORM), integers, floats, backend, *params)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.library import Library
+
+from ..batch_norm import BatchNorm, updatable
 
 _library = Library("ffkernels", "FRAGMENT")
 
@@ -36,3 +40,47 @@ def kernels(backend: str, op: str) -> ModuleType:
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def direct(x: Tensor, bns: Sequence[BatchNorm | None]) -> bool:
+    """Whether a call of CPU kernels may leave out the dispatcher, to which a raw op is a call with all its parameters:
+    nothing traces it, and the kernels can update the running statistics themselves."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and x.is_cpu
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(bn is None or not bn.training or bn.running_mean is None or updatable(bn, x.dtype) for bn in bns)
+    )
+
+
+def update_from_addresses(uses: Sequence[tuple[BatchNorm, int, int, int]]) -> None:
+    """Running statistics of (bn, address of the mean, of the biased variance, values per channel)."""
+    from ..cpu.conv import batch_norm_update
+
+    batch_norm_update(uses)
+
+
+class Planned(torch.autograd.Function):
+    """Autograd of a call of CPU kernels whose plan (ffkernels/cpu/plan.py) is known.
+
+    ``plan.forward(*tensors)`` returns the output and one tensor of all that the backward pass needs of its own;
+    ``plan.backward(grad, y, kept, tensors, needs)`` the gradients of ``tensors``, y where ``plan.needs_output``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, kept = plan.forward(*tensors)
+        ctx.plan = plan
+        ctx.save_for_backward(y if plan.needs_output else None, kept, *tensors)
+        ctx.mark_non_differentiable(kept)
+        ctx.set_materialize_grads(False)
+        return y, kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        y, kept, *tensors = ctx.saved_tensors
+        return None, *ctx.plan.backward(grad, y, kept, tensors, ctx.needs_input_grad[1:])

@@ -15,7 +15,7 @@ from ..params import ConvParams, ConvUnit
 from ..reference.ssh_grouped import ssh_grouped as reference
 from . import checks
 from .conv_chain import RAW_OPS, Block, fake_backward, flatten, links_of, statistics_dtype, supports
-from .library import define, kernels
+from .library import Planned, define, direct, kernels, update_from_addresses
 
 OP = "ssh_grouped"
 
@@ -147,8 +147,18 @@ def ssh_grouped(
     batch, _, height, width = x.shape
     if bns[0].training:
         checks.values_per_channel(OP, (batch, channels[0], height, width))
+    if any(conv.bias is not None for conv in convs):
+        zeros = [conv.weight.new_zeros(len(conv.weight)) if conv.bias is None else conv.bias for conv in convs]
+        convs = [conv._replace(bias=bias) for conv, bias in zip(convs, zeros)]
     integers, floats, params = flatten(x, [ConvUnit(conv, bn, "relu") for conv, bn in zip(convs, bns)])
     integers.append(shuffle_groups)
+    if backend == "cpu" and direct(x, bns):
+        plan = kernels(backend, OP).block_plan(x, integers, floats, params, record)
+        y, kept = Planned.apply(plan, x, *params) if record else plan.forward(x, *params)
+        if bns[0].training:
+            count = batch * height * width
+            update_from_addresses([(bn, *at, count) for bn, at in zip(bns, plan.statistics(kept))])
+        return y
     if record:
         y, *stats = Block.apply(x, OP, len(STAGES[backend]), integers, floats, backend, *params)
     else:

@@ -110,19 +110,19 @@ FF_EXPORT int ff_cpu_batch_norm_reduce(const void *grad, const void *z, const vo
                                        void *g, double *sums, int64_t pixels, int64_t channels, void *workspace,
                                        int dtype, int threads);
 
-// z = conv(x_activation(batch norm(x))) + bias, kernel k x k, k <= 7, weight (O, C / groups, k, k), z dense.
-// Pixels of x are x_pixel elements apart. x_stats NULL: x as it is. stats not NULL: filled with the statistics of z and
-// the coefficients that bn_weight, bn_bias (NULL: 1, 0) and eps make of them. y_stats, y_activation: applied to z
-// before it is stored.
+// z = conv(x_activation(batch norm(x))) + bias, kernel k x k, k <= 7, weight (O, C / groups, k, k), z dense. Outputs
+// from `split` on (O: none) are those of a second convolution with as many groups. Pixels of x are x_pixel elements
+// apart. x_stats NULL: x as it is. stats not NULL: filled with the statistics of z and the coefficients that bn_weight,
+// bn_bias (NULL: 1, 0) and eps make of them. y_stats, y_activation: applied to z before it is stored.
 FF_EXPORT int64_t ff_cpu_conv_workspace(int is_backward, int64_t batch, int64_t channels, int64_t height, int64_t width,
                                         int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
-                                        int64_t groups, int dtype, int threads);
+                                        int64_t groups, int64_t split, int dtype, int threads);
 FF_EXPORT int ff_cpu_conv_forward(const void *x, int64_t x_pixel, const void *x_stats, int x_activation, double x_slope,
                                   const void *weight, const void *bias, void *z, void *stats, const void *bn_weight,
                                   const void *bn_bias, double eps, const void *y_stats, int y_activation,
                                   double y_slope, int64_t batch, int64_t channels, int64_t height, int64_t width,
                                   int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding, int64_t groups,
-                                  void *workspace, int dtype, int threads);
+                                  int64_t split, void *workspace, int dtype, int threads);
 // The backward pass of the same. grad is g, or with `activation` the gradient of activation(batch norm(z)). stats NULL:
 // no batch normalisation; training: its statistics were the batch's, and sums are needed. grad_x (NULL: not wanted) is
 // the gradient of x_activation's argument, x_sums (may be NULL) its sums; grad_weight may be NULL.
@@ -132,7 +132,7 @@ FF_EXPORT int ff_cpu_conv_backward(const void *grad, int64_t grad_pixel, const v
                                    double x_slope, const void *weight, void *grad_x, int64_t grad_x_pixel,
                                    double *x_sums, void *grad_weight, int64_t batch, int64_t channels, int64_t height,
                                    int64_t width, int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
-                                   int64_t groups, void *workspace, int dtype, int threads);
+                                   int64_t groups, int64_t split, void *workspace, int dtype, int threads);
 
 // Batch normalisation around convolutions on a device, as above, with stats in float32 whatever the dtype. backward:
 // the gradient of z from that of the output; sums NULL where the statistics were given.

@@ -10,9 +10,9 @@
 
 #include "arena.h"
 #include "conv.h"
-#include "engine_math.h"
 #include "ff_api.h"
 #include "parallel.h"
+#include "planar.h"
 
 namespace {
 
@@ -32,17 +32,6 @@ struct Shape {
   int64_t max_map(int64_t group) const { return 2 * group + (max_first ? 0 : 1); }
 };
 
-// out[j][i] = in[i][j], i, j < kLanes.
-template <class T>
-FF_INLINE void transpose(const T *in, T *out) {
-  constexpr int kLanes = Vec<T>::kLanes;
-  if constexpr (std::is_same_v<T, float>)
-    engine::transpose(in, kLanes, out, kLanes);
-  else
-    for (int i = 0; i < kLanes; ++i)
-      for (int j = 0; j < kLanes; ++j) out[j * kLanes + i] = in[i * kLanes + j];
-}
-
 // row(c, values of `pixels` <= kLanes pixels) for every channel c, from value(pixel, c, mask), a vector of channels.
 template <class T, class Value, class Row>
 FF_INLINE void by_channel(int64_t channels, int64_t pixels, const Value &value, const Row &row) {
@@ -50,7 +39,7 @@ FF_INLINE void by_channel(int64_t channels, int64_t pixels, const Value &value, 
   alignas(64) T in[kLanes * kLanes], out[kLanes * kLanes];
   over_channels<T>(channels, [&](int64_t c, auto mask) {
     for (int64_t p = 0; p < kLanes; ++p) (p < pixels ? value(p, c, mask) : Vec<T>::zero()).store(in + p * kLanes);
-    transpose(in, out);
+    transpose(in, kLanes, out, kLanes);
     const int64_t lanes = std::min<int64_t>(kLanes, channels - c);
     for (int64_t i = 0; i < lanes; ++i) row(c + i, Vec<T>::load(out + i * kLanes));
   });

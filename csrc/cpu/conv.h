@@ -15,16 +15,21 @@ namespace ff {
 struct ConvShape {
   int64_t batch, channels, height, width;
   int64_t out_channels, kernel, stride, padding, groups;
+  int64_t split;  // outputs from here on are those of a second convolution of as many groups
 
   int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
   int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
   int64_t out_pixels() const { return batch * out_height() * out_width(); }
   bool depthwise() const { return groups == channels && out_channels == channels; }
+  int64_t group_of(int64_t output) const {
+    return output < split ? output / (split / groups) : (output - split) / ((out_channels - split) / groups);
+  }
   bool pointwise() const { return kernel == 1 && stride == 1 && padding == 0 && groups == 1; }
   bool valid() const {
     return batch >= 0 && channels > 0 && out_channels > 0 && height > 0 && width > 0 && kernel >= 1 && kernel <= 7 &&
-           stride >= 1 && padding >= 0 && padding < kernel && groups >= 1 && channels % groups == 0 &&
-           out_channels % groups == 0 && height + 2 * padding >= kernel && width + 2 * padding >= kernel;
+           stride >= 1 && padding >= 0 && padding < kernel && groups >= 1 && channels % groups == 0 && split > 0 &&
+           split <= out_channels && split % groups == 0 && out_channels % groups == 0 &&
+           height + 2 * padding >= kernel && width + 2 * padding >= kernel;
   }
 };
 
@@ -46,7 +51,7 @@ class RowCache {
     std::fill_n(rows_, (slots_ + 1) * size_, T(0));
     forget();
   }
-  void forget() { std::fill_n(number_, kMaxKernel + 1, int64_t(-1)); }
+  void forget() { std::fill_n(number_, kMostRows, int64_t(-1)); }
   T *zeros() const { return rows_ + slots_ * size_; }
 
   // Row `row`; fill(memory) computes it if it is not here.
@@ -62,10 +67,10 @@ class RowCache {
   }
 
  private:
-  static constexpr int64_t kSlack = 2 * Vec<T>::kLanes;
+  static constexpr int64_t kSlack = 2 * Vec<T>::kLanes, kMostRows = 10;
   T *rows_ = nullptr;
   int64_t slots_ = 0, size_ = 0;
-  int64_t number_[kMaxKernel + 1];
+  int64_t number_[kMostRows];
 };
 
 // An NHWC tensor whose pixels lie `pixel` elements apart.

@@ -11,6 +11,7 @@
 
 #include "conv.h"
 #include "ff_api.h"
+#include "planar.h"
 
 namespace {
 
@@ -23,12 +24,26 @@ struct Blocks {
 
   template <class T>
   static Blocks of(const ConvShape &s) {
+    if (s.split < s.out_channels) return {1, s.channels, s.out_channels};
     const int64_t outputs = s.out_channels / s.groups;
     int64_t merged = 1;
     while (merged < s.groups && (s.groups % merged != 0 || merged * outputs < Vec<T>::kLanes)) ++merged;
     return {s.groups / merged, s.channels / s.groups * merged, outputs * merged};
   }
 };
+
+// Whether rows of planes (planar.h) take fewer multiplications than blocks with zeros, transposes included.
+template <class T>
+bool planar(const ConvShape &s) {
+  if (s.kernel != 3 || s.stride != 1 || s.padding != 1 || s.groups == 1 || s.depthwise()) return false;
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  const Blocks blocks = Blocks::of<T>(s);
+  const int64_t vectors = (blocks.outputs + kLanes - 1) / kLanes, whole = (s.width + kLanes - 1) / kLanes * kLanes;
+  const int64_t products = blocks.count * 9 * blocks.inputs * vectors * s.width;
+  return 9 * (s.channels / s.groups) * s.out_channels * whole / kLanes +
+             2 * (s.channels + s.out_channels) * whole / kLanes <
+         products;
+}
 
 template <class T>
 int64_t whole_vectors(int64_t n) {
@@ -39,10 +54,10 @@ int64_t whole_vectors(int64_t n) {
 template <class T>
 void pack_forward(const T *weight, const ConvShape &s, const Blocks &blocks, T *packed) {
   const int64_t columns = whole_vectors<T>(blocks.outputs), area = s.kernel * s.kernel;
-  const int64_t in = s.channels / s.groups, out = s.out_channels / s.groups;
+  const int64_t in = s.channels / s.groups;
   std::fill_n(packed, blocks.count * area * blocks.inputs * columns, T(0));
   for (int64_t o = 0; o < s.out_channels; ++o) {
-    const int64_t block = o / blocks.outputs, first = o / out * in - block * blocks.inputs;
+    const int64_t block = o / blocks.outputs, first = s.group_of(o) * in - block * blocks.inputs;
     for (int64_t tap = 0; tap < area; ++tap)
       for (int64_t i = 0; i < in; ++i)
         packed[((block * area + tap) * blocks.inputs + first + i) * columns + o % blocks.outputs] =
@@ -54,10 +69,10 @@ void pack_forward(const T *weight, const ConvShape &s, const Blocks &blocks, T *
 template <class T>
 void pack_backward(const T *weight, const ConvShape &s, const Blocks &blocks, T *packed) {
   const int64_t columns = whole_vectors<T>(blocks.inputs), area = s.kernel * s.kernel;
-  const int64_t in = s.channels / s.groups, out = s.out_channels / s.groups;
+  const int64_t in = s.channels / s.groups;
   std::fill_n(packed, blocks.count * area * blocks.outputs * columns, T(0));
   for (int64_t o = 0; o < s.out_channels; ++o) {
-    const int64_t block = o / blocks.outputs, first = o / out * in - block * blocks.inputs;
+    const int64_t block = o / blocks.outputs, first = s.group_of(o) * in - block * blocks.inputs;
     for (int64_t tap = 0; tap < area; ++tap)
       for (int64_t i = 0; i < in; ++i)
         packed[((block * area + tap) * blocks.outputs + o % blocks.outputs) * columns + first + i] =
@@ -227,13 +242,15 @@ template <class T>
 struct Forward {
   struct Thread {
     RowCache<T> rows;
-    T *tile;
+    T *tile, *z_planes;
     Moments moments;
   };
 
   ConvShape shape;
   Blocks blocks;
   bool flat;
+  PlanarGroups planes;
+  PlanarRow<T> planar_row;
   int64_t in_period, out_period;
   DepthwiseRow<T> row;
   T *packed, *bias;
@@ -244,6 +261,8 @@ struct Forward {
       : shape(s),
         blocks(Blocks::of<T>(s)),
         flat(s.kernel == 1 && s.stride == 1 && s.padding == 0),
+        planes(planar<T>(s) ? PlanarGroups::of(arena, s) : PlanarGroups{}),
+        planar_row{s.width},
         in_period(period_of<T>(s.channels)),
         out_period(period_of<T>(s.out_channels)),
         row{s.out_width(), s.channels, s.stride},
@@ -259,7 +278,12 @@ struct Forward {
       if (flat)
         thread.tile = arena.take<T>(kTile * s.channels);
       else
-        thread.rows = RowCache<T>(arena, s.kernel, (s.width + 2 * s.padding) * s.channels);
+        thread.rows = RowCache<T>(
+            arena, s.kernel, planes.groups ? s.channels * planar_row.step() : (s.width + 2 * s.padding) * s.channels);
+      if (planes.groups) {
+        thread.tile = arena.take<T>(s.width * s.channels);
+        thread.z_planes = arena.take<T>(s.out_channels * planar_row.step());
+      }
       thread.moments = Moments::take<T>(arena, out_period);
       if (threads != nullptr) threads[i] = thread;
     }
@@ -268,6 +292,8 @@ struct Forward {
   void pack(const T *weight, const T *source_bias) {
     if (shape.depthwise())
       pack_depthwise(weight, shape.channels, shape.kernel * shape.kernel, row.period(), false, packed);
+    else if (planes.groups)
+      planes.pack(weight, false, packed);
     else
       pack_forward(weight, shape, blocks, packed);
     if (source_bias == nullptr)
@@ -354,12 +380,18 @@ struct Forward {
                          : thread.rows.get(
                                source,
                                [&](T *out) {
-                                 input.read((image * shape.height + source) * shape.width, shape.width,
-                                            out + shape.padding * shape.channels);
+                                 T *row = planes.groups ? thread.tile : out + shape.padding * shape.channels;
+                                 input.read((image * shape.height + source) * shape.width, shape.width, row);
+                                 if (planes.groups) to_planes(planar_row, row, shape.channels, out);
                                });
         }
         T *out = z + r * width * shape.out_channels;
-        convolve(taps, width, out);
+        if (planes.groups) {
+          planes.convolve(planar_row, taps, packed, bias, thread.z_planes);
+          from_planes(planar_row, thread.z_planes, shape.out_channels, out);
+        } else {
+          convolve(taps, width, out);
+        }
         finish(thread, out, width);
       }
     });
@@ -413,11 +445,14 @@ int forward(const ForwardArguments &in, const ConvShape &shape, int threads) {
 
 // ---- backward
 
+// Rows of planes whose weight gradient is summed up at once.
+constexpr int64_t kBand = 8;
+
 template <class T>
 struct Backward {
   struct Thread {
     RowCache<T> x_rows, dz_rows;
-    T *x_tile, *dz_tile, *scratch, *dx;
+    T *x_tile, *dz_tile, *scratch, *dx, *dx_planes;
     T *weight_sums;          // dense: per block [output][ky][kx][input]
     double *depthwise_sums;  // depthwise: [tap][period]
     GradientSums sums;
@@ -426,6 +461,8 @@ struct Backward {
   ConvShape shape;
   Blocks blocks;
   bool flat;
+  PlanarGroups planes;
+  PlanarRow<T> planar_row;
   int64_t in_period, out_period;
   DepthwiseRow<T> dx_row, weight_row;
   T *packed;
@@ -435,13 +472,17 @@ struct Backward {
 
   // A dense convolution reads the gradient of a larger stride through zeros between its pixels.
   int64_t dilation() const { return shape.depthwise() ? 1 : shape.stride; }
-  int64_t weight_length() const { return blocks.count * blocks.outputs * weight_step(); }
+  int64_t weight_length() const {
+    return planes.groups ? planes.sums_length<T>() : blocks.count * blocks.outputs * weight_step();
+  }
   int64_t weight_step() const { return shape.kernel * shape.kernel * blocks.inputs; }
 
   Backward(Arena &arena, const ConvShape &s, int thread_count)
       : shape(s),
         blocks(Blocks::of<T>(s)),
         flat(s.kernel == 1 && s.stride == 1 && s.padding == 0),
+        planes(planar<T>(s) ? PlanarGroups::of(arena, s) : PlanarGroups{}),
+        planar_row{s.width},
         in_period(period_of<T>(s.channels)),
         out_period(period_of<T>(s.out_channels)),
         dx_row{s.width, s.channels, 1},
@@ -460,6 +501,12 @@ struct Backward {
       if (flat) {
         t.x_tile = arena.take<T>(kTile * s.channels);
         t.dz_tile = arena.take<T>(kTile * s.out_channels);
+      } else if (planes.groups) {
+        t.x_rows = RowCache<T>(arena, kBand + 2, s.channels * planar_row.step());
+        t.dz_rows = RowCache<T>(arena, kBand + 2, s.out_channels * planar_row.step());
+        t.x_tile = arena.take<T>(s.width * s.channels);
+        t.dz_tile = arena.take<T>(s.width * s.out_channels);
+        t.dx_planes = arena.take<T>(s.channels * planar_row.step());
       } else {
         t.x_rows = RowCache<T>(arena, k, (s.width + 2 * s.padding) * s.channels);
         t.dz_rows = RowCache<T>(arena, k + 1, std::max(s.width + k - 1, s.out_width() * s.stride + k) * s.out_channels);
@@ -553,13 +600,13 @@ struct Backward {
         }
   }
 
-  // dx, then the gradient that leaves this convolution: dx itself, or through the activation and sums before it.
-  template <class Task>
-  void leave(const Thread &t, const Task &task, const T *const *rows, const int64_t *taps, int64_t count, int64_t first,
-             int64_t pixels) const {
+  // dx(memory), then the gradient that leaves this convolution: dx itself, or through the activation and sums before
+  // it.
+  template <class Task, class Compute>
+  void leave(const Thread &t, const Task &task, int64_t first, int64_t pixels, const Compute &compute) const {
     const bool dense = task.grad_x_pixel == shape.channels;
     T *dx = dense ? task.grad_x + first * shape.channels : t.dx;
-    input_row(rows, taps, count, pixels, dx);
+    compute(dx);
     const Input<T> &input = task.input;
     if (input.affine.activation != FF_NONE || task.x_sums) {
       const T *raw = input.x.data + first * input.x.pixel;
@@ -594,9 +641,7 @@ struct Backward {
           const T *x = t.x_tile;
           weight_row_sums(t, &x, dz, count, 1);
         }
-        if (task.grad_x != nullptr) {
-          leave(t, task, &dz, &tap, 1, first, count);
-        }
+        if (task.grad_x != nullptr) leave(t, task, first, count, [&](T *dx) { input_row(&dz, &tap, 1, count, dx); });
       }
     });
   }
@@ -649,16 +694,63 @@ struct Backward {
               rows[count] = inside ? gradient_row(dilated / s) : t.dz_rows.zeros();
               taps[count++] = tap;
             }
-            leave(t, task, rows, taps, count, r * width, width);
+            leave(t, task, r * width, width, [&](T *dx) { input_row(rows, taps, count, width, dx); });
           }
         });
   }
 
+  int run_planes(const Task &task, int thread_count) {
+    const int64_t height = shape.height, width = shape.width, grain = grain_rows(shape, width);
+    return parallel_ranks(shape.batch * height, grain, thread_count, [&](int rank, int64_t begin, int64_t end) {
+      Thread t = threads[rank];
+      clear(t);
+      t.x_rows.clear();
+      t.dz_rows.clear();
+      for (int64_t band = begin, count; band < end; band += count) {
+        const int64_t image = band / height, y = band % height;
+        count = std::min({kBand, height - y, end - band});
+        if (y == 0) t.x_rows.forget(), t.dz_rows.forget();
+        const T *x[kBand + 2], *dz[kBand + 2];
+        for (int64_t i = 0; i < count + 2; ++i) {
+          const int64_t row = y + i - 1, first = (image * height + row) * width;
+          const bool inside = row >= 0 && row < height;
+          x[i] = !inside || !task.weight ? t.x_rows.zeros() : t.x_rows.get(row, [&](T *out) {
+            task.input.read(first, width, t.x_tile);
+            to_planes(planar_row, t.x_tile, shape.channels, out);
+          });
+          dz[i] = !inside ? t.dz_rows.zeros() : t.dz_rows.get(row, [&](T *out) {
+            task.gradient.read(first, width, t.dz_tile, t.scratch);
+            to_planes(planar_row, t.dz_tile, shape.out_channels, out);
+          });
+        }
+        if (task.weight) planes.add_weight_gradient(planar_row, x, dz + 1, count, t.weight_sums);
+        for (int64_t i = 0; i < count && task.grad_x != nullptr; ++i)
+          leave(t, task, (band + i) * width, width, [&](T *dx) {
+            planes.convolve_back(planar_row, dz + i, packed, t.dx_planes);
+            from_planes(planar_row, t.dx_planes, shape.channels, dx);
+          });
+      }
+    });
+  }
+
+  void write_planar_weight_gradient(int ranks, T *grad) const {
+    for (int64_t g = 0; g < planes.groups; ++g)
+      for (int64_t j = 0; j < planes.outputs; ++j)
+        for (int64_t i = 0; i < planes.inputs; ++i)
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            double total = 0;
+            for (int rank = 0; rank < ranks; ++rank)
+              total += planes.weight_gradient(threads[rank].weight_sums, g, j, i, tap);
+            grad[(planes.output[g * planes.outputs + j] * planes.inputs + i) * 9 + tap] = T(total);
+          }
+  }
+
   void write_weight_gradient(int ranks, T *grad) const {
-    const int64_t in = shape.channels / shape.groups, out = shape.out_channels / shape.groups;
+    if (planes.groups) return write_planar_weight_gradient(ranks, grad);
+    const int64_t in = shape.channels / shape.groups;
     const int64_t area = shape.kernel * shape.kernel;
     for (int64_t o = 0; o < shape.out_channels; ++o) {
-      const int64_t block = o / blocks.outputs, first = o / out * in - block * blocks.inputs;
+      const int64_t block = o / blocks.outputs, first = shape.group_of(o) * in - block * blocks.inputs;
       for (int64_t i = 0; i < in; ++i)
         for (int64_t tap = 0; tap < area; ++tap) {
           double total = 0;
@@ -732,12 +824,16 @@ int backward(const BackwardArguments &in, const ConvShape &shape, int threads) {
   if (in.grad_x != nullptr) {
     if (shape.depthwise())
       pack_depthwise(at(in.weight, 0), inputs, shape.kernel * shape.kernel, plan.dx_row.period(), true, plan.packed);
+    else if (plan.planes.groups)
+      plan.planes.pack(at(in.weight, 0), true, plan.packed);
     else
       pack_backward(at(in.weight, 0), shape, plan.blocks, plan.packed);
   }
   const typename Backward<T>::Task task{
       input, gradient, static_cast<T *>(in.grad_x), in.grad_x_pixel, in.x_sums != nullptr, in.grad_weight != nullptr};
-  const int ranks = plan.flat ? plan.run_tiles(task, threads) : plan.run_rows(task, threads);
+  const int ranks = plan.flat            ? plan.run_tiles(task, threads)
+                    : plan.planes.groups ? plan.run_planes(task, threads)
+                                         : plan.run_rows(task, threads);
   if (in.grad_weight != nullptr) plan.write_weight_gradient(ranks, static_cast<T *>(in.grad_weight));
   if (in.x_sums != nullptr)
     for (int64_t i = 0; i < inputs; ++i) {
@@ -757,8 +853,8 @@ int backward(const BackwardArguments &in, const ConvShape &shape, int threads) {
 
 extern "C" int64_t ff_cpu_conv_workspace(int is_backward, int64_t batch, int64_t channels, int64_t height,
                                          int64_t width, int64_t out_channels, int64_t kernel, int64_t stride,
-                                         int64_t padding, int64_t groups, int dtype, int threads) {
-  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups};
+                                         int64_t padding, int64_t groups, int64_t split, int dtype, int threads) {
+  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups, split};
   if (!shape.valid()) return 0;
   Arena arena;
   if (dtype == FF_FLOAT32)
@@ -773,8 +869,8 @@ extern "C" int ff_cpu_conv_forward(const void *x, int64_t x_pixel, const void *x
                                    const void *bn_weight, const void *bn_bias, double eps, const void *y_stats,
                                    int y_activation, double y_slope, int64_t batch, int64_t channels, int64_t height,
                                    int64_t width, int64_t out_channels, int64_t kernel, int64_t stride, int64_t padding,
-                                   int64_t groups, void *workspace, int dtype, int threads) {
-  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups};
+                                   int64_t groups, int64_t split, void *workspace, int dtype, int threads) {
+  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups, split};
   if (!shape.valid() || batch == 0) return FF_BAD_ARGUMENT;
   const ForwardArguments in{x,     x_pixel,   x_stats, x_activation, x_slope, weight,       bias,    z,
                             stats, bn_weight, bn_bias, eps,          y_stats, y_activation, y_slope, workspace};
@@ -789,8 +885,9 @@ extern "C" int ff_cpu_conv_backward(const void *grad, int64_t grad_pixel, const 
                                     double x_slope, const void *weight, void *grad_x, int64_t grad_x_pixel,
                                     double *x_sums, void *grad_weight, int64_t batch, int64_t channels, int64_t height,
                                     int64_t width, int64_t out_channels, int64_t kernel, int64_t stride,
-                                    int64_t padding, int64_t groups, void *workspace, int dtype, int threads) {
-  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups};
+                                    int64_t padding, int64_t groups, int64_t split, void *workspace, int dtype,
+                                    int threads) {
+  const ConvShape shape{batch, channels, height, width, out_channels, kernel, stride, padding, groups, split};
   if (!shape.valid() || batch == 0) return FF_BAD_ARGUMENT;
   const BackwardArguments in{grad,   grad_pixel,   z,      z_pixel,     stats,    sums,         training, activation,
                              slope,  eps,          x,      x_pixel,     x_stats,  x_activation, x_slope,  weight,

@@ -26,7 +26,10 @@ class Operand(NamedTuple):
 
 
 class Conv(NamedTuple):
-    """A convolution's weight, its shape (O, C / groups, k, k), and geometry."""
+    """A convolution's weight, its shape (O, C / groups, k, k), and geometry.
+
+    Outputs from ``split`` on (None: none) are those of a second convolution with as many groups.
+    """
 
     weight: At
     shape: tuple[int, ...]
@@ -34,13 +37,15 @@ class Conv(NamedTuple):
     stride: int = 1
     padding: int = 0
     groups: int = 1
+    split: int | None = None
 
     @classmethod
     def of(cls, link: Link, shape: tuple[int, ...]) -> Conv:
         return cls(link.weight, shape, link.bias, link.stride, link.padding, link.groups)
 
     def numbers(self, x: Map) -> tuple[int, ...]:
-        return (*x.shape, self.shape[0], self.shape[2], self.stride, self.padding, self.groups)
+        outputs = self.shape[0]
+        return (*x.shape, outputs, self.shape[2], self.stride, self.padding, self.groups, self.split or outputs)
 
     def output(self, x: tuple[int, ...]) -> tuple[int, int, int, int]:
         kernel = self.shape[2]

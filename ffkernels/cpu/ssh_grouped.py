@@ -1,8 +1,7 @@
 """The SSH block on the CPU as three convolutions and two seams (csrc/cpu/ssh_grouped.cpp).
 
 Convolutions that read the same map run as one with their outputs side by side: [conv3X3 | conv5X5_1] on x,
-[conv5X5_2 | conv7X7_2] on the second half of the first, conv7x7_3 on the second half of the second. The groups become
-zeros of a dense weight: with a few channels per group, a vector of outputs spans several groups anyway.
+[conv5X5_2 | conv7X7_2] on the second half of the first, conv7x7_3 on the second half of the second.
 """
 
 from __future__ import annotations
@@ -35,14 +34,27 @@ class Stage:
         self.outputs = [shapes[i][0] for i in indices]
         self.firsts = [sum(self.outputs[:i]) for i in range(len(indices))]
         self.channels, self.inputs = sum(self.outputs), x.shape[1]
-        self.row = self.inputs * KERNEL * KERNEL * plan.itemsize
-        self.weight = plan.scratch(self.channels * self.row)
-        for link, n, first in zip(self.links, self.outputs, self.firsts):
-            numbers = (n, self.inputs, KERNEL, link.groups)
-            plan.call_single("ff_cpu_ssh_grouped_weight", link.weight, *numbers, self.weight.plus(first * self.row))
+        groups = {link.groups for link in self.links}
+        # Convolutions with different groups become dense ones, with zeros in the weight.
+        self.groups = groups.pop() if len(groups) == 1 else 1
+        self.row = self.inputs // self.groups * KERNEL * KERNEL
+        self.weight = self.links[0].weight
+        if len(self.links) > 1:
+            self.weight = plan.scratch(self.channels * self.row * plan.itemsize)
+            for link, n, first in zip(self.links, self.outputs, self.firsts):
+                self.place(plan, link, n, first, self.weight, "ff_cpu_ssh_grouped_weight", link.weight)
         self.size = (x.shape[0], self.channels, *x.shape[2:])
-        bias = self.joined(plan, "bias")
-        self.conv = Conv(self.weight, (self.channels, self.inputs, KERNEL, KERNEL), bias, 1, 1, 1)
+        shape = (self.channels, self.inputs // self.groups, KERNEL, KERNEL)
+        self.conv = Conv(self.weight, shape, self.joined(plan, "bias"), 1, 1, self.groups, self.outputs[0])
+
+    def place(self, plan: Plan, link: Link, n: int, first: int, joint: At, entry: str, own: At) -> None:
+        """Record the copy of a link's weight to its place in the joint one, or back by the entry for that."""
+        joint = joint.plus(first * self.row * plan.itemsize)
+        pair = (own, joint) if entry == "ff_cpu_ssh_grouped_weight" else (joint, own)
+        if link.groups == self.groups:
+            plan.copy(pair[0], 1, n * self.row, pair[1])
+        else:
+            plan.call_single(entry, pair[0], n, self.inputs, KERNEL, link.groups, pair[1])
 
     def joined(self, plan: Plan, field: str) -> At | None:
         """A parameter of all links, side by side; either all have it or none."""
@@ -177,7 +189,10 @@ class BlockPlan(LinksPlan):
                 place, seen = sums.plus(8 * first), stats[i].plus(n * first)
                 convs.affine_gradients(plan, link, seen, stage.channels, place, stage.channels, width, marks)
             wanted = [grads[1 + GRADIENTS * index] for index in indices]
-            grad_weight = plan.scratch(stage.channels * stage.row) if any(wanted) else None
+            grad_weight = wanted[0]
+            if len(indices) > 1:
+                size = stage.channels * stage.row * n
+                grad_weight = plan.scratch(size) if any(g is not None for g in wanted) else None
             grad_x = None
             if i > 0:
                 grad_x = plan.channels(g[i - 1], stages[i - 1].outputs[0], stages[i - 1].outputs[1])
@@ -197,9 +212,8 @@ class BlockPlan(LinksPlan):
                 x_sums=inner_sums if i > 0 else None,
             )
             for link, width, first, target in zip(stage.links, stage.outputs, stage.firsts, wanted):
-                if target is not None:
-                    numbers = (width, stage.inputs, KERNEL, link.groups)
-                    plan.call_single("ff_cpu_ssh_grouped_unpack", grad_weight.plus(first * stage.row), *numbers, target)
+                if target is not None and len(indices) > 1:
+                    stage.place(plan, link, width, first, grad_weight, "ff_cpu_ssh_grouped_unpack", target)
         return plan
 
     def statistics(self, kept: Tensor) -> list[tuple[int, int]]:

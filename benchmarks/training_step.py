@@ -4,6 +4,8 @@
 
 A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True); with
 ``--evaluation``, it is the forward pass in evaluation mode. ``--append`` adds the run to those that the output holds.
+``grid_sample`` is eager with the deformable convolutions of V1 written with torch.nn.functional.grid_sample, for models
+that have them; by default it takes part with those only.
 
 Variants run in one process and take turns: in every round each makes two steps, of which the second is timed. The
 medians are printed with their ratios to eager. Memory is the peak resident size of a fresh process after its third
@@ -14,6 +16,7 @@ inductor makes of the NCHW model crashes) is reported, and left out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import signal
 import statistics
@@ -22,16 +25,67 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import featherface
 import ffkernels
 from featherface.files import atomic_write
 from ffkernels.info import info
+from ffkernels.reference.layers import activate, batch_norm
 
-VARIANTS = ("eager", "channels_last", "compile", "compile_channels_last", "fused", "fused_channels_last")
+VARIANTS = (
+    "eager",
+    "channels_last",
+    "compile",
+    "compile_channels_last",
+    "grid_sample",
+    "grid_sample_channels_last",
+    "fused",
+    "fused_channels_last",
+)
+
+
+def grid_sample_deform_conv2d(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    conv: ffkernels.ConvParams,
+    bn: ffkernels.BatchNorm | None,
+    activation: str = "none",
+    negative_slope: float = 0.1,
+) -> Tensor:
+    """ffkernels.reference.deform_conv2d written with torch.nn.functional.grid_sample: all taps in one call."""
+    height, width = x.shape[2:]
+    kh, kw = conv.weight.shape[2:]
+    out_h, out_w = offset.shape[2:]
+    offset = offset.unflatten(1, (kh * kw, 2))
+    taps = torch.arange(kh * kw)
+    rows = torch.arange(out_h) * conv.stride - conv.padding + taps.div(kw, rounding_mode="floor")[:, None]
+    columns = torch.arange(out_w) * conv.stride - conv.padding + taps.remainder(kw)[:, None]
+    y = offset[:, :, 0] + rows[:, :, None]
+    x_places = offset[:, :, 1] + columns[:, None, :]
+    # Pixel p is at (2 p + 1) / n - 1 with align_corners=False.
+    grid = torch.stack(((2 * x_places + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+    samples = F.grid_sample(x, grid.flatten(1, 2), padding_mode="zeros", align_corners=False)
+    samples = samples.unflatten(2, (kh * kw, out_h)) * mask[:, None]
+    columns = samples.flatten(1, 2)  # (B, C * K, H', W')
+    out = F.conv2d(columns, conv.weight.flatten(1)[:, :, None, None], conv.bias)
+    return activate(batch_norm(out, bn), activation, negative_slope)
+
+
+def with_grid_sample(model: nn.Module) -> Callable[..., object]:
+    """``model`` with :func:`grid_sample_deform_conv2d` in place of the package's own definition."""
+    op = importlib.import_module("ffkernels.ops.deform_conv2d")
+
+    def call(x: Tensor) -> object:
+        with mock.patch.object(op, "reference", grid_sample_deform_conv2d):
+            return model(x)
+
+    return call
 
 
 def build(variant: str, name: str, batch: int, size: int) -> tuple[nn.Module, Callable[..., object], Tensor]:
@@ -44,6 +98,8 @@ def build(variant: str, name: str, batch: int, size: int) -> tuple[nn.Module, Ca
         x = x.contiguous(memory_format=torch.channels_last)
         if not fused:
             model = model.to(memory_format=torch.channels_last)
+    if variant.startswith("grid_sample"):
+        return model, with_grid_sample(model), x
     return model, torch.compile(model) if variant.startswith("compile") else model, x
 
 
@@ -100,6 +156,9 @@ def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str
     steps = {v: make_step(v, arguments.model, arguments.batch, arguments.size, arguments.evaluation) for v in variants}
     losses = {v: step() for v, step in steps.items()}
     if arguments.evaluation:
+        for variant, outputs in losses.items():
+            for output, expected in zip(outputs, losses["eager"]):
+                torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3, msg=lambda m, v=variant: f"{v}: {m}")
         losses = {v: loss_of(outputs).item() for v, outputs in losses.items()}
     worst = max(abs(loss / losses["eager"] - 1) for loss in losses.values())
     if worst > 1e-3:
@@ -121,7 +180,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=320, help="height and width of the images (default: 320)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default: 1 2)")
     parser.add_argument("--rounds", type=int, default=11, help="steps per variant (default: 11)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that fit the model")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--evaluation", action="store_true", help="time the forward pass in evaluation mode")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
@@ -134,7 +193,11 @@ def main() -> None:
         return
 
     rows = []
-    variants = ["eager", *(v for v in arguments.variants if v != "eager")]
+    asked = arguments.variants
+    if asked is None:
+        deformable = arguments.model in ("featherface_v1_ssh", "featherface_v1_dcn")
+        asked = [v for v in VARIANTS if deformable or not v.startswith("grid_sample")]
+    variants = ["eager", *(v for v in asked if v != "eager")]
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         memories = {

@@ -634,11 +634,14 @@ struct Backward {
       const int64_t tap = 0;
       for (int64_t first = begin * kTile; first < std::min(end * kTile, pixels); first += kTile) {
         const int64_t count = std::min(kTile, pixels - first);
-        task.gradient.read(first, count, t.dz_tile, t.scratch);
-        const T *dz = t.dz_tile;
+        const T *dz = task.gradient.identity() && task.gradient.grad.dense()
+                          ? task.gradient.grad.data + first * shape.out_channels
+                          : t.dz_tile;
+        if (dz == t.dz_tile) task.gradient.read(first, count, t.dz_tile, t.scratch);
         if (task.weight) {
-          task.input.read(first, count, t.x_tile);
-          const T *x = t.x_tile;
+          const bool direct = task.input.affine.identity() && task.input.x.dense();
+          const T *x = direct ? task.input.x.data + first * shape.channels : t.x_tile;
+          if (!direct) task.input.read(first, count, t.x_tile);
           weight_row_sums(t, &x, dz, count, 1);
         }
         if (task.grad_x != nullptr) leave(t, task, first, count, [&](T *dx) { input_row(&dz, &tap, 1, count, dx); });

@@ -1,10 +1,15 @@
 """``pytest`` collects tests/, ``pytest --benchmark-only`` collects benchmarks/ (pytest.ini: python_files)."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of OpenMP that wait by spinning, as they do unless told otherwise, take the cores from other workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -60,6 +60,7 @@ CASES = {
     "1x1 stride 2": (6, [(5, 1, 1, 2, False, "relu")], (5, 4)),
     "grouped 3x3": (16, [(8, 3, 4, 1, False, "relu")], (5, 7)),
     "grouped, many": (80, [(160, 3, 5, 1, True, "silu")], (3, 4)),
+    "grouped 3x3, many rows and vectors": (12, [(20, 3, 2, 1, True, "leaky_relu")], (19, 51)),
     "grouped 1x1": (32, [(32, 1, 4, 1, True, "none")], (6, 5)),
     "grouped 1x1, whole vectors": (64, [(64, 1, 2, 1, False, "relu")], (4, 5)),
     "depthwise 8": (8, [DW], (7, 9)),

@@ -4,8 +4,8 @@
 
 A step is forward, loss (the sum of the mean squares of the three outputs), backward and AdamW(foreach=True); with
 ``--evaluation``, it is the forward pass in evaluation mode. ``--append`` adds the run to those that the output holds.
-``grid_sample`` is eager with the deformable convolutions of V1 written with torch.nn.functional.grid_sample, for models
-that have them; by default it takes part with those only.
+``engine``, in evaluation, is the inference engine, in which a training step runs its teacher. ``grid_sample`` is eager
+with the deformable convolutions of V1 written with torch.nn.functional.grid_sample, for models that have them.
 
 Variants run in one process and take turns: in every round each makes two steps, of which the second is timed. The
 medians are printed with their ratios to eager. Memory is the peak resident size of a fresh process after its third
@@ -46,6 +46,7 @@ VARIANTS = (
     "grid_sample_channels_last",
     "fused",
     "fused_channels_last",
+    "engine",
 )
 
 
@@ -112,6 +113,8 @@ def make_step(variant: str, name: str, batch: int, size: int, evaluation: bool =
     model, call, x = build(variant, name, batch, size)
     if evaluation:
         model.eval()
+        if variant == "engine":
+            call = ffkernels.engine.build(model, tuple(x.shape))
         return torch.no_grad()(lambda: call(x))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
 
@@ -197,6 +200,7 @@ def main() -> None:
     if asked is None:
         deformable = arguments.model in ("featherface_v1_ssh", "featherface_v1_dcn")
         asked = [v for v in VARIANTS if deformable or not v.startswith("grid_sample")]
+        asked = [v for v in asked if arguments.evaluation or v != "engine"]
     variants = ["eager", *(v for v in asked if v != "eager")]
     for threads in arguments.threads:
         torch.set_num_threads(threads)

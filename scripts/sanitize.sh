@@ -25,6 +25,10 @@ work=${SANITIZE_DIR:-$(mktemp -d)}
 [ -n "${SANITIZE_DIR:-}" ] || trap 'rm -rf "$work"' EXIT
 (cd "$root" && git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -cT - 2>/dev/null) | tar -xC "$work"
 cd "$work"
+if [ "$kind" = thread ]; then
+  printf 'race:%s\n' libtorch_cpu.so libtorch_python.so libc10.so libgomp.so > tsan.txt
+  TSAN_OPTIONS+=:suppressions=$work/tsan.txt
+fi
 checks="-fsanitize=$kind"
 [[ "$kind" = *undefined ]] && checks+=" -fno-sanitize-recover=all"
 CXX=${CXX:-g++} CXXFLAGS="$checks -g1 -O1 -fno-omit-frame-pointer" FF_BUILD_CUDA=0 \

@@ -4,6 +4,11 @@ def cpu_instruction_sets() -> list[str]: ...
 def buffer_nhwc(batch: int, channels: int, height: int, width: int, itemsize: int) -> object: ...
 def buffer_bytes() -> tuple[int, int]: ...
 def release_buffers() -> None: ...
+
+class Program:
+    def add(self, name: str, *arguments: object) -> None: ...
+    def run(self, bases: list[int]) -> int: ...
+
 def ff_cpu_channel_shuffle(
     x: int, y: int, batch: int, channels: int, spatial: int, groups: int, layout: int, dtype: int, threads: int
 ) -> int: ...
@@ -91,6 +96,21 @@ def ff_cpu_batch_norm_gradients(
     channels: int,
     grad_weight: int,
     grad_bias: int,
+    grad_conv_bias: int,
+    dtype: int,
+) -> int: ...
+def ff_cpu_copy_rows(
+    from: int,
+    from_row: int,
+    rows: int,
+    row_bytes: int,
+    to: int,
+    to_row: int,
+) -> int: ...
+def ff_cpu_from_double(
+    from: int,
+    count: int,
+    to: int,
     dtype: int,
 ) -> int: ...
 def ff_cpu_batch_norm_update(
@@ -145,6 +165,7 @@ def ff_cpu_conv_workspace(
     stride: int,
     padding: int,
     groups: int,
+    split: int,
     dtype: int,
     threads: int,
 ) -> int: ...
@@ -173,6 +194,7 @@ def ff_cpu_conv_forward(
     stride: int,
     padding: int,
     groups: int,
+    split: int,
     workspace: int,
     dtype: int,
     threads: int,
@@ -207,6 +229,7 @@ def ff_cpu_conv_backward(
     stride: int,
     padding: int,
     groups: int,
+    split: int,
     workspace: int,
     dtype: int,
     threads: int,
@@ -238,6 +261,24 @@ def ff_cpu_multi_head_gather(
     rows: int,
     dtype: int,
     threads: int,
+) -> int: ...
+def ff_cpu_ssh_grouped_weight(
+    weight: int,
+    outputs: int,
+    inputs: int,
+    kernel: int,
+    groups: int,
+    dense: int,
+    dtype: int,
+) -> int: ...
+def ff_cpu_ssh_grouped_unpack(
+    dense: int,
+    outputs: int,
+    inputs: int,
+    kernel: int,
+    groups: int,
+    weight: int,
+    dtype: int,
 ) -> int: ...
 def ff_cpu_ssh_grouped_workspace(
     channels0: int,
@@ -478,6 +519,42 @@ def ff_cpu_cbam_maps(
     groups: int,
     kernel: int,
     spatial_order: int,
+    workspace: int,
+    dtype: int,
+    threads: int,
+) -> int: ...
+def ff_cpu_cbam_gate_workspace(
+    batch: int,
+    groups: int,
+) -> int: ...
+def ff_cpu_cbam_gate(
+    z: int,
+    bn_weight: int,
+    bn_bias: int,
+    eps: float,
+    training: int,
+    stats: int,
+    spatial: int,
+    batch: int,
+    groups: int,
+    pixels: int,
+    workspace: int,
+    dtype: int,
+    threads: int,
+) -> int: ...
+def ff_cpu_cbam_gate_gradient(
+    grad_spatial: int,
+    spatial: int,
+    z: int,
+    stats: int,
+    training: int,
+    eps: float,
+    grad_z: int,
+    grad_weight: int,
+    grad_bias: int,
+    batch: int,
+    groups: int,
+    pixels: int,
     workspace: int,
     dtype: int,
     threads: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layout import memory_format
 from ..ops.conv_chain import PARAMETERS, Link, links_of, needs_raw, nhwc
 from . import planned_conv as convs
-from .conv import batch_norm_gradients, empty_nhwc, pointer
+from .conv import empty_nhwc, pointer
 from .plan import At, Layout, Map, Plan, cached
 from .planned_conv import Conv, Operand
 
@@ -298,20 +298,28 @@ def backward(
     return [g for g in grads if g is not None]
 
 
-def link_gradients(link: Link, stats: Tensor | None, sums: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean)."""
+def affine_gradients(
+    sums: Tensor, stats: Tensor, eps: float, needs_weight: bool, needs_bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`ffkernels.cpu.conv.batch_norm_gradients` on any device, in float64."""
+    weight = sums[1] * (stats[1].double() + eps).rsqrt_() if needs_weight else None
+    return weight, sums[0] if needs_bias else None
+
+
+def link_gradients(
+    link: Link,
+    stats: Tensor | None,
+    sums: Tensor,
+    needs: list[bool],
+    affine: Callable[..., tuple[Tensor | None, Tensor | None]] = affine_gradients,
+) -> list[Tensor | None]:
+    """Gradients of bias, bn_weight and bn_bias from the sums of g and of g * (z - mean); ``affine`` makes the two."""
     bias = weight = bn_bias = None
-    dtype = link.weight.dtype
     if needs[0]:
         if link.batch_statistics:
             bias = torch.zeros_like(link.bias)  # a constant per channel vanishes when the mean is subtracted
         else:
-            bias = (sums[0] if stats is None else sums[0] * stats[2]).to(dtype)
-    if sums.is_cpu and stats is not None and stats.dtype == dtype:
-        weight, bn_bias = batch_norm_gradients(sums, stats, link.eps, needs[1], needs[2])
-        return [bias, weight, bn_bias]
-    if needs[1]:
-        weight = (sums[1] * (stats[1].double() + link.eps).rsqrt_()).to(dtype)
-    if needs[2]:
-        bn_bias = sums[0].to(dtype)
-    return [bias, weight, bn_bias]
+            bias = sums[0] if stats is None else sums[0] * stats[2]
+    if stats is not None:
+        weight, bn_bias = affine(sums, stats, link.eps, needs[1], needs[2])
+    return [g if g is None else g.to(link.weight.dtype) for g in (bias, weight, bn_bias)]

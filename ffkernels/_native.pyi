@@ -100,7 +100,7 @@ def ff_cpu_batch_norm_gradients(
     dtype: int,
 ) -> int: ...
 def ff_cpu_copy_rows(
-    from: int,
+    source: int,
     from_row: int,
     rows: int,
     row_bytes: int,
@@ -108,7 +108,7 @@ def ff_cpu_copy_rows(
     to_row: int,
 ) -> int: ...
 def ff_cpu_from_double(
-    from: int,
+    source: int,
     count: int,
     to: int,
     dtype: int,

@@ -628,18 +628,21 @@ struct Backward {
 
   int run_tiles(const Task &task, int thread_count) {
     const int64_t pixels = shape.out_pixels(), tiles = (pixels + kTile - 1) / kTile;
+    const bool in_place = !shape.depthwise();
     return parallel_ranks(tiles, grain_rows(shape, kTile), thread_count, [&](int rank, int64_t begin, int64_t end) {
       Thread &t = threads[rank];
       clear(t);
       const int64_t tap = 0;
       for (int64_t first = begin * kTile; first < std::min(end * kTile, pixels); first += kTile) {
         const int64_t count = std::min(kTile, pixels - first);
-        const T *dz = task.gradient.identity() && task.gradient.grad.dense()
+        const T *dz = in_place && task.gradient.identity() && task.gradient.grad.dense()
                           ? task.gradient.grad.data + first * shape.out_channels
                           : t.dz_tile;
         if (dz == t.dz_tile) task.gradient.read(first, count, t.dz_tile, t.scratch);
         if (task.weight) {
-          const bool direct = task.input.affine.identity() && task.input.x.dense();
+          // Whole vectors are read, and past the last pixel lies nothing.
+          const bool direct =
+              in_place && task.input.affine.identity() && task.input.x.dense() && blocks.inputs % Vec<T>::kLanes == 0;
           const T *x = direct ? task.input.x.data + first * shape.channels : t.x_tile;
           if (!direct) task.input.read(first, count, t.x_tile);
           weight_row_sums(t, &x, dz, count, 1);

@@ -58,7 +58,7 @@ DEFAULTS: dict[str, list[tuple[int, int, Block]]] = {
         (80, 4, Block(32, 32, 16, stages=1)),
         (80, 2, Block(32, 32, 32, stages=1)),
     ],
-    "depthwise": [(0, 4, Block(64, 16)), (80, 2, Block(32, 16))],
+    "depthwise": [(0, 4, Block(64, 16)), (100, 2, Block(32, 16))],
     "elementwise": [(0, 4, Block(64, 32))],
     "pooling": [(0, 4, Block(32, 32))],
     "reduction": [(0, 4, Block(128, 16))],

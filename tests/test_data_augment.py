@@ -9,7 +9,19 @@ import torch
 from PIL import Image, ImageDraw
 
 from featherface.data import Augmentation, jpeg
-from featherface.data.augment import FILL, Look, View, blur, crop, develop, draw_view, generator, view_faces
+from featherface.data.augment import (
+    FILL,
+    Faces,
+    Look,
+    View,
+    blur,
+    crop,
+    develop,
+    draw_view,
+    generator,
+    join_quarters,
+    view_faces,
+)
 from ffkernels.ops.preprocess import MEAN
 
 NOTHING = np.empty((0, 4))
@@ -124,12 +136,33 @@ def test_extreme_photographs_have_views(size):
 def test_developing_an_untouched_view_gives_the_networks_input():
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     views = [plain_view((0, 0, 9, 9), (4, 0, 28, 30)), plain_view((0, 0, 9, 9), (4, 0, 28, 30), mirror=True)]
-    result = develop(pixels, Look.of(views, 32))
+    result = develop(pixels, Look.of(views, [[view.window(32)] for view in views]))
     expected = pixels.flip(1).float() - torch.tensor(MEAN)[:, None, None]
     expected[:, :, 30:] = 0
     expected[0, :, :, :4] = 0
     expected[1, :, :, 28:] = 0
     assert torch.equal(result, expected)
+
+
+def test_developing_a_mosaic_leaves_out_what_no_photograph_covers():
+    pixels = torch.randint(1, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    view = plain_view((0, 0, 9, 9), (0, 0, 32, 32))
+    result = develop(pixels, Look.of([view, view], [[(0, 0, 16, 16), (20, 16, 32, 32)], [(0, 0, 32, 32)]]))
+    covered = torch.zeros(32, 32, dtype=torch.bool)
+    covered[:16, :16] = covered[16:, 20:] = True
+    expected = pixels.flip(1).float() - torch.tensor(MEAN)[:, None, None]
+    expected[0] *= covered
+    assert torch.equal(result, expected)
+
+
+def test_quarters_join_where_they_stand():
+    points = np.full((1, 5, 2), 0.5, np.float32)
+    quarter = Faces(np.array([[0.2, 0.4, 0.6, 1.0]], np.float32), points, np.array([[0, 0, 1, 1]], np.float32))
+    faces = join_quarters([quarter] * 4)
+    corners = np.array([[0, 0], [0.5, 0], [0, 0.5], [0.5, 0.5]])
+    np.testing.assert_allclose(faces.boxes, np.add([0.1, 0.2, 0.3, 0.5], np.tile(corners, 2)), atol=1e-6)
+    np.testing.assert_allclose(faces.landmarks, 0.25 + corners[:, None].repeat(5, 1), atol=1e-6)
+    np.testing.assert_allclose(faces.ignored, np.add([0, 0, 0.5, 0.5], np.tile(corners, 2)), atol=1e-6)
 
 
 def test_colours_follow_their_formulas():
@@ -139,7 +172,7 @@ def test_colours_follow_their_formulas():
     pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     view = draw_view(rng, 40, 40, NOTHING, config, 32)
     view = view._replace(target=(0, 0, 32, 32), sigma=0.0, quality=0.0, offset=0.0)
-    grey = develop(pixels, Look.of([view], 32)) + torch.tensor(MEAN)[:, None, None]
+    grey = develop(pixels, Look.of([view], [[view.window(32)]])) + torch.tensor(MEAN)[:, None, None]
     assert torch.allclose(grey[:, 0], grey[:, 1]) and torch.allclose(grey[:, 0], grey[:, 2])
     for _ in range(20):
         matrix = draw_view(rng, 40, 40, NOTHING, Augmentation(distort=1.0, grey=0.0, contrast=0.0), 32).matrix

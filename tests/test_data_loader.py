@@ -234,6 +234,24 @@ def test_batches_carry_faces_landmarks_and_missing_labels(folder, tmp_path):
         np.testing.assert_allclose(points, landmarks_of(box), atol=2e-3)
 
 
+def test_a_mosaic_shows_four_photographs_of_the_same_kind(folder, tmp_path):
+    make_faces(tmp_path / "plain", 3, seed=9)
+    data = load_data([Source("set"), Source("plain", labels="none")], tmp_path)
+    config = Augmentation(sizes=[64], scales=[3.0], mirror=0.0, min_face=0.0, mosaic=1.0)
+    loader = Loader(data, config, 9, seed=4)
+    batch = loader.prepare(np.arange(9), 64, 0)
+    assert batch.targets.labelled.tolist() == [True] * 6 + [False] * 3
+    boxes = batch.targets.boxes.numpy()
+    for number in range(6):
+        own = boxes[(batch.targets.image == number).numpy()]
+        quarters = {(x > 0.5, y > 0.5) for x, y in ((own[:, :2] + own[:, 2:]) / 2).tolist()}
+        assert len(quarters) == 4
+    for box, points in zip(boxes, batch.targets.landmarks.view(-1, 5, 2).numpy()):
+        np.testing.assert_allclose(points, landmarks_of(box), atol=2e-3)
+    assert same(batch, loader.prepare(np.arange(9), 64, 0))
+    assert not same(batch, loader.prepare(np.arange(9), 64, 1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"weight": -1.0}, "weight"), ({"validation": 1.0}, "validation"), ({"unlisted": "maybe"}, "unlisted")],

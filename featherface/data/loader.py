@@ -14,7 +14,7 @@ from torch import Tensor
 
 from featherface.losses.targets import Targets
 
-from .augment import Augmentation, Look, crop, develop, draw_view, generator, view_faces
+from .augment import Augmentation, Faces, Look, View, crop, develop, draw_view, generator, join_quarters, view_faces
 from .dataset import FaceData
 
 
@@ -102,6 +102,8 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.wait_seconds = 0.0
         self._source = np.array([data.records[index].source for index in data.train], np.int64)
+        annotated = np.array([data.records[index].annotation is not None for index in data.train], bool)
+        self._annotated, self._unannotated = data.train[annotated], data.train[~annotated]
         views = np.asarray(data.weights)[self._source].sum()
         self.batches_per_epoch = max(1, int(views) // (batch_size * world_size * multiple)) * multiple
 
@@ -129,31 +131,58 @@ class Loader:
         """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours."""
         store = self.data.store
         pixels = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=store.pixels.device)
-        views, faces = [], []
+        views, windows, faces = [], [], []
         for index, out in zip(indices.tolist(), pixels):
-            height, width = store.sizes[index].tolist()
-            boxes = self.data.boxes[index]
             drawn = generator(self.seed, epoch % self.views if self.views else epoch, index)
-            view = draw_view(drawn, width, height, boxes, self.augmentation, size)
-            crop(store.image(index), view, out)
+            if self.augmentation.mosaic and drawn.random() < self.augmentation.mosaic:
+                view, own, seen = self._mosaic(index, drawn, out)
+            else:
+                view, seen = self._view(index, drawn, out)
+                own = [view.window(size)]
             views.append(view)
-            faces.append(
-                view_faces(
-                    view, boxes, self.data.landmarks[index], self.data.ignored[index], size, self.augmentation.min_face
-                )
-            )
+            windows.append(own)
+            faces.append(seen)
         targets = Targets.build(
             [f.boxes for f in faces],
             [f.landmarks for f in faces],
             [f.ignored for f in faces],
             [self.data.records[index].annotation is not None for index in indices],
         )
-        batch = _Undeveloped(pixels, Look.of(views, size), targets, indices, epoch)
+        batch = _Undeveloped(pixels, Look.of(views, windows), targets, indices, epoch)
         if self.device.type == "cpu":
             return self._finish(batch)
         if pixels.device.type == "cpu":
             batch = batch._replace(pixels=pixels.pin_memory(), targets=targets.pin_memory())
         return batch
+
+    def _view(self, index: int, drawn: np.random.Generator, out: Tensor) -> tuple[View, Faces]:
+        """Draws a view of an image and writes it to ``out``, (3, S, S)."""
+        data, size, augmentation = self.data, out.shape[2], self.augmentation
+        height, width = data.store.sizes[index].tolist()
+        boxes = data.boxes[index]
+        view = draw_view(drawn, width, height, boxes, augmentation, size)
+        crop(data.store.image(index), view, out)
+        return view, view_faces(view, boxes, data.landmarks[index], data.ignored[index], size, augmentation.min_face)
+
+    def _mosaic(
+        self, index: int, drawn: np.random.Generator, out: Tensor
+    ) -> tuple[View, list[tuple[int, int, int, int]], Faces]:
+        """Writes four views to ``out``, of an image and of three others with annotations if it has them, else without.
+
+        Returns:
+            The first view, where the four photographs stand, and the faces.
+        """
+        others = self._annotated if self.data.records[index].annotation is not None else self._unannotated
+        half = out.shape[2] // 2
+        corners = [(0, 0), (half, 0), (0, half), (half, half)]
+        views, windows, faces = [], [], []
+        for chosen, (x, y) in zip([index, *drawn.choice(others, 3).tolist()], corners):
+            view, seen = self._view(chosen, drawn, out[:, y : y + half, x : x + half])
+            x1, y1, x2, y2 = view.window(half)
+            views.append(view)
+            windows.append((x + x1, y + y1, x + x2, y + y2))
+            faces.append(seen)
+        return views[0], windows, join_quarters(faces)
 
     def _finish(self, batch: _Undeveloped | Batch) -> Batch:
         if isinstance(batch, Batch):

@@ -41,15 +41,13 @@ V2 = {
         "distillation.class_weight=0.7",
         "distillation.task_weight=0.3",
     ],
-    "multibox, OHEM": ["task.assigner=multibox", "task.classification=ohem"],
-    "multibox, OHEM, smooth L1": [
-        "task.assigner=multibox",
-        "task.classification=ohem",
-        "task.box=smooth_l1",
-        "task.landmark_weight=1",
-    ],
-    "SimOTA": ["task.assigner=simota"],
+    "ATSS": ["task.assigner=atss"],
+    "ATSS, quality focal": ["task.assigner=atss", "task.classification=quality_focal"],
+    "SimOTA, quality focal": ["task.assigner=simota", "task.classification=quality_focal"],
+    "quality focal": ["task.classification=quality_focal"],
+    "smooth L1": ["task.box=smooth_l1", "task.landmark_weight=1"],
     "EIoU": ["task.box=eiou"],
+    "half of the views mosaics": ["augmentation.mosaic=0.5"],
     "crops 0.3 to 1": ["augmentation.scales=[0.3, 0.45, 0.6, 0.8, 1.0]"],
     "without unlabelled photographs": [
         'data.sources=[{folder="faces/wider_val_train", validation=0.1}, {folder="faces/eden_mask"}]'

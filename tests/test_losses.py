@@ -294,8 +294,13 @@ def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):
 
 @pytest.mark.parametrize(
     "config",
-    [Task(), Task(assigner="multibox", classification="ohem", box="smooth_l1", landmark_weight=1.0), Task(box="eiou")],
-    ids=["default", "seed", "eiou"],
+    [
+        Task(),
+        Task(box="smooth_l1", landmark_weight=1.0),
+        Task(assigner="atss", classification="quality_focal"),
+        Task(assigner="simota", classification="quality_focal", box="eiou"),
+    ],
+    ids=["default", "seed", "atss", "simota"],
 )
 def test_task_loss_is_the_literal_one(config):
     targets = random_targets(5)
@@ -358,7 +363,9 @@ def test_seed_distillation_is_the_literal_divergence():
 
 def test_teachers_positives_are_distilled_literally():
     student, teacher = outputs(0), outputs(1)
-    config = Distillation(class_kind="masked", feature_weight=0.0, unlabelled_weight=0.5)
+    config = Distillation(
+        class_kind="masked", class_weight=3.0, landmark_weight=0.1, feature_weight=0.0, unlabelled_weight=0.5
+    )
     result = distillation_loss(config, student, teacher, PRIORS, torch.tensor([True, False]))
     box = landmark = classification = strength = mass = 0.0
     for image, weight in ((0, 1.0), (1, 0.5)):
@@ -372,7 +379,7 @@ def test_teachers_positives_are_distilled_literally():
                 own, theirs = (decode_boxes(out[0][image, n], prior) for out in (student, teacher))
                 box += weight * q * float(box_loss(own, theirs, "diou"))
                 landmark += weight * q * float(smooth_l1(student[2][image, n], teacher[2][image, n]))
-    assert float(result["teacher_class"]) == pytest.approx(classification / mass, rel=1e-4)
+    assert float(result["teacher_class"]) == pytest.approx(3 * classification / mass, rel=1e-4)
     assert float(result["teacher_box"]) == pytest.approx(box / strength, rel=1e-4)
     assert float(result["teacher_landmark"]) == pytest.approx(0.1 * landmark / strength, rel=1e-4)
 

@@ -41,12 +41,12 @@ class Distillation:
     teacher: str = "featherface_v1_ssh"
     weights: str = ""
     task_weight: float = 1.0
-    class_weight: float = 1.0
+    class_weight: float = 3.0
     class_kind: str = "focal"
     temperature: float = 4.0
     mask_threshold: float = 0.1
     box_weight: float = 1.0
-    landmark_weight: float = 0.1
+    landmark_weight: float = 0.5
     positive_threshold: float = 0.5
     feature_weight: float = 0.5
     unlabelled_weight: float = 1.0

@@ -30,11 +30,11 @@ class Task:
         class_weight, box_weight, landmark_weight: of the three terms.
     """
 
-    assigner: str = "atss"
+    assigner: str = "multibox"
     multibox_threshold: float = 0.35
     multibox_override: float = 0.2
     atss_top_k: int = 9
-    classification: str = "quality_focal"
+    classification: str = "ohem"
     ohem_ratio: float = 7.0
     focal_beta: float = 2.0
     box: str = "diou"

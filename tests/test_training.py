@@ -143,8 +143,18 @@ def test_a_run_leaves_what_it_should(root, reference):
 def test_the_card_states_what_the_run_says(reference):
     results = Path(__file__).parent.parent / "benchmarks" / "results" / "teacher_ap" / "wider_val_bench_orig.json"
     report = json.loads(results.read_text())
-    card = model_card(reference[0], {"Bench": report})
-    for text in ("256,148 parameters", "`annotated`: annotated, 30 % of it", "featherface_v1", "### Bench", "MIT"):
+    timing = {"case": "640x640, batch 1", "contender": "engine", "median_ms": 12.345}
+    machine = {"machine": {"processor": "Some CPU"}, "protocol": {"threads": 2}, "date": "2026-01-02T03:04:05"}
+    card = model_card(reference[0], {"Bench": report}, speed=[{**machine, "timings": [timing]}])
+    for text in (
+        "256,148 parameters, 0.869 GFLOP",
+        "| backbone | 213,072 |",
+        "`annotated`: annotated, 30 % of it",
+        "featherface_v1",
+        "### Bench",
+        "| Some CPU | 2 | 640x640, batch 1 | engine | 12.35 | 2026-01-02 |",
+        "MIT",
+    ):
         assert text in card
     easy = report["average_precision"]["WIDER FACE"]["easy"]
     assert f"| WIDER FACE | easy | {easy['faces']} | {100 * easy['ap']:.1f} |" in card
@@ -153,7 +163,8 @@ def test_the_card_states_what_the_run_says(reference):
     assert "averaged with other weights of the model: 0.25 of `final.safetensors`" in model_card(
         reference[0], weights=average
     )
-    assert "Not measured on any other data" in (reference[0] / "model_card.md").read_text()
+    own = (reference[0] / "model_card.md").read_text()
+    assert "Not measured on any other data" in own and "## Speed\n\nNot measured." in own
     with pytest.raises(FeatherFaceError, match="no checkpoint"):
         model_card(reference[0].parent / "absent")
 

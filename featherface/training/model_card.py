@@ -5,32 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from featherface.errors import FeatherFaceError
 from featherface.models import create_model
 from featherface.models.checkpoint import read_metadata
+from featherface.models.summary import summarize
 
 from .config import Config, from_dict
 from .run_folder import RunFolder, Table
-
-MODULES = {
-    "body": "backbone (MobileNetV1 x0.25)",
-    "backbone_cbam_manager": "attention on the backbone",
-    "bifpn": "feature pyramid",
-    "bifpn_cbam_manager": "attention on the pyramid",
-    "ssh": "context",
-    "shared_heads": "heads",
-    "dynamic_gate": "dynamic weight sharing",
-}
 
 
 def model_card(
     folder: str | os.PathLike,
     reports: Mapping[str, Mapping[str, Any]] | None = None,
     weights: str | os.PathLike | None = None,
+    speed: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The card of a run's model, as Markdown.
 
@@ -42,6 +34,7 @@ def model_card(
         reports: title -> what ``featherface evaluate --output`` wrote, as dictionaries.
         weights: the file that the card is of, where it is not the run's own: an average of several
             (:func:`featherface.training.averaging.average_weights`) is described.
+        speed: what ``featherface benchmark --json`` wrote, as dictionaries.
 
     Raises:
         FeatherFaceError: the folder holds no run.
@@ -60,23 +53,27 @@ def model_card(
         _data(config),
         _training(config, state, facts, json.loads(read_metadata(weights).get("average_of", "[]")) if weights else []),
         _results(config, validation, reports or {}),
+        _speed(speed),
         _limits(config),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _parameters(config: Config) -> str:
-    model = create_model(config.model.name, fused=False, **config.model.options)
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        stem = name.split(".")[0].rstrip("0123456789")
-        title = MODULES.get(stem, stem)
-        counts[title] = counts.get(title, 0) + parameter.numel()
-    rows = [f"| {title} | {count:,} |" for title, count in counts.items()]
-    total = sum(parameter.numel() for parameter in model.parameters())
+    summary = summarize(create_model(config.model.name, fused=False, **config.model.options))
     options = f" Options: `{json.dumps(config.model.options)}`." if config.model.options else ""
-    lines = ["## Network", "", f"{total:,} parameters; input BGR minus (104, 117, 123), any size.{options}", ""]
-    return "\n".join([*lines, "| part | parameters |", "|---|---|", *rows])
+    lines = [
+        "## Network",
+        "",
+        f"{summary.parameters:,} parameters, {summary.flops / 1e9:.3f} GFLOP for {summary.width} x {summary.height} "
+        "pixels (convolutions and matrix products, two per multiply-add); input BGR minus (104, 117, 123), any size."
+        + options,
+        "",
+        "| part | parameters | MFLOP |",
+        "|---|---|---|",
+    ]
+    rows = [f"| {part.name} | {part.parameters:,} | {part.flops / 1e6:.1f} |" for part in summary.components]
+    return "\n".join(lines + rows)
 
 
 def _data(config: Config) -> str:
@@ -145,7 +142,7 @@ def _results(config: Config, validation: list[dict[str, str]], reports: Mapping[
             "",
         ]
     if not reports:
-        lines.append("Not measured on any other data; no speed was measured.")
+        lines.append("Not measured on any other data.")
     for title, report in reports.items():
         facts = (
             f"{report['images']} images, {report['protocol']['description']}; score > {report['score_threshold']:g}, "
@@ -167,6 +164,21 @@ def _results(config: Config, validation: list[dict[str, str]], reports: Mapping[
                 "",
             ]
     return "\n".join(lines).rstrip()
+
+
+def _speed(reports: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["## Speed", ""]
+    if not reports:
+        return "\n".join([*lines, "Not measured."])
+    lines += ["| processor | threads | case | what | median, ms | date |", "|---|---|---|---|---|---|"]
+    for report in reports:
+        machine, threads = report["machine"]["processor"], report["protocol"]["threads"]
+        for timing in report["timings"]:
+            lines.append(
+                f"| {machine} | {threads} | {timing['case']} | {timing['contender']} | {timing['median_ms']:.2f} | "
+                f"{report['date'][:10]} |"
+            )
+    return "\n".join(lines)
 
 
 def _limits(config: Config) -> str:

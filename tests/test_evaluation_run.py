@@ -72,6 +72,7 @@ def ground_truth(data_set, enlarge=1.0):
         ("vga640", (512, 300), (512, 300)),
         ("vga640", (640, 1), (640, 1)),
         ("vga640", (10000, 2), (640, 1)),
+        ("qvga320", (1024, 768), (320, 240)),
         ("s1600", (1024, 1024), (1600, 1600)),
         ("s1600", (1024, 768), (2133, 1600)),
         ("s1600", (1024, 683), (2150, 1434)),
@@ -109,7 +110,7 @@ def test_resizing_is_bilinear_between_pixel_centres():
 def test_orig_returns_the_image_itself():
     image = np.zeros((5, 7, 3), np.uint8)
     assert get_protocol("orig").resize(image) is image
-    with pytest.raises(DataError, match="orig, vga640, s1600"):
+    with pytest.raises(DataError, match="orig, vga640, qvga320, s1600"):
         get_protocol("VGA")
 
 
@@ -174,7 +175,7 @@ def test_data_set_errors(data_set, tmp_path):
 # Runs
 
 
-@pytest.mark.parametrize("protocol", ["orig", "vga640", "s1600"])
+@pytest.mark.parametrize("protocol", ["orig", "vga640", "qvga320", "s1600"])
 def test_a_detector_that_knows_everything(data_set, protocol):
     seen = []
     report = evaluate(scaled_truth, data_set, protocol, progress=lambda done, total: seen.append((done, total)))

@@ -141,8 +141,8 @@ def test_a_run_leaves_what_it_should(root, reference):
 
 
 def test_the_card_states_what_the_run_says(reference):
-    results = Path(__file__).parent.parent / "benchmarks" / "results" / "teacher_ap" / "wider_val_bench_orig.json"
-    report = json.loads(results.read_text())
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "accuracy" / "featherface_v1_ssh"
+    report = json.loads((results / "wider_val_bench_orig.json").read_text())
     timing = {"case": "640x640, batch 1", "contender": "engine", "median_ms": 12.345}
     machine = {"machine": {"processor": "Some CPU"}, "protocol": {"threads": 2}, "date": "2026-01-02T03:04:05"}
     card = model_card(reference[0], {"Bench": report}, speed=[{**machine, "timings": [timing]}])

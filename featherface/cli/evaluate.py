@@ -15,6 +15,7 @@ from .options import Device, Dtype, Fused, Model, Nms, Quiet, Score, Threads, We
 class ProtocolName(str, Enum):
     orig = "orig"
     vga640 = "vga640"
+    qvga320 = "qvga320"
     s1600 = "s1600"
 
 
@@ -30,7 +31,8 @@ def evaluate(
     protocol: Annotated[
         ProtocolName,
         typer.Option(
-            help="Image size: orig; vga640 (long side limited to 640); s1600 (short side 1600, long at most 2150)."
+            help="Image size: orig; vga640, qvga320 (long side limited to 640 or 320); s1600 (short side 1600, "
+            "long at most 2150)."
         ),
     ] = ProtocolName.orig,
     score: Score = 0.02,

@@ -22,7 +22,7 @@ class Protocol:
     """How an image is resized. It is never padded: the networks take any size.
 
     Attributes:
-        name: ``orig``, ``vga640`` or ``s1600``.
+        name: ``orig``, ``vga640``, ``qvga320`` or ``s1600``.
         description: one sentence.
         short: the length that the short side is brought to; None leaves the size alone.
         long: the largest length of the long side; it wins over ``short``.
@@ -67,6 +67,7 @@ PROTOCOLS = {
     for protocol in (
         Protocol("orig", "image at its original size"),
         Protocol("vga640", "long side limited to 640 pixels, smaller images unchanged", long=640),
+        Protocol("qvga320", "long side limited to 320 pixels, smaller images unchanged", long=320),
         Protocol("s1600", "short side 1600 pixels, long side at most 2150", short=1600, long=2150),
     )
 }

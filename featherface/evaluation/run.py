@@ -93,7 +93,7 @@ def evaluate(
         detector: a :class:`~featherface.FaceDetector`, of which only the network is used: size, padding, tiles and
             limits are the protocol's; or a function as :func:`detect_dataset` takes it.
         data: a folder as :func:`~featherface.evaluation.dataset.open_dataset` takes it.
-        protocol: ``orig``, ``vga640`` or ``s1600``.
+        protocol: ``orig``, ``vga640``, ``qvga320`` or ``s1600``.
         ground_truth: folder with the official WIDER FACE ground truth: the data set is then a part of WIDER FACE val
             and scored by the official rules restricted to its images, besides plain AP by size of face.
         limit: score at most so many images, spread evenly over the set.

@@ -8,7 +8,8 @@ A step is forward, loss (the sum of the mean squares of the three outputs), back
 with the deformable convolutions of V1 written with torch.nn.functional.grid_sample, for models that have them.
 
 Variants run in one process and take turns: in every round each makes two steps, of which the second is timed. The
-medians are printed with their ratios to eager. Memory is the peak resident size of a fresh process after its third
+medians are printed with their ratios to eager, and those of the step's parts: forward pass and loss, backward pass,
+optimiser. Memory is the peak resident size of a fresh process after its third
 step, less its size before the first. A variant whose fresh process dies (the backward graph that PyTorch 2.13's
 inductor makes of the NCHW model crashes) is reported, and left out.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import signal
 import statistics
@@ -108,22 +110,38 @@ def loss_of(outputs: Sequence[Tensor]) -> Tensor:
     return sum(output.square().mean() for output in outputs)
 
 
-def make_step(variant: str, name: str, batch: int, size: int, evaluation: bool = False) -> Callable[[], object]:
-    """A function that makes one step and returns its loss, or that evaluates the model and returns its outputs."""
+PARTS = ("forward", "backward", "optimizer")
+
+
+def make_step(
+    variant: str, name: str, batch: int, size: int, evaluation: bool = False
+) -> Callable[[], tuple[object, list[float]]]:
+    """A function that makes one step and returns its loss, or that evaluates the model and returns its outputs; and
+    what its parts took, in ms."""
     model, call, x = build(variant, name, batch, size)
     if evaluation:
         model.eval()
         if variant == "engine":
             call = ffkernels.engine.build(model, tuple(x.shape))
-        return torch.no_grad()(lambda: call(x))
+
+        @torch.no_grad()
+        def evaluate() -> tuple[object, list[float]]:
+            start = time.perf_counter()
+            return call(x), [(time.perf_counter() - start) * 1e3]
+
+        return evaluate
     optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
 
-    def step() -> float:
+    def step() -> tuple[object, list[float]]:
+        times = [time.perf_counter()]
         optimizer.zero_grad()
         loss = loss_of(call(x))
+        times.append(time.perf_counter())
         loss.backward()
+        times.append(time.perf_counter())
         optimizer.step()
-        return loss.item()
+        times.append(time.perf_counter())
+        return loss.item(), [(b - a) * 1e3 for a, b in itertools.pairwise(times)]
 
     return step
 
@@ -155,9 +173,10 @@ def measure_memory(variant: str, arguments: argparse.Namespace, threads: int) ->
     return int(run.stdout.split()[-1]) / 2**20
 
 
-def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[float]]:
+def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str, list[list[float]]]:
+    """For each variant and round, what the parts of a step took, in ms."""
     steps = {v: make_step(v, arguments.model, arguments.batch, arguments.size, arguments.evaluation) for v in variants}
-    losses = {v: step() for v, step in steps.items()}
+    losses = {v: step()[0] for v, step in steps.items()}
     if arguments.evaluation:
         for variant, outputs in losses.items():
             for output, expected in zip(outputs, losses["eager"]):
@@ -166,13 +185,11 @@ def measure_time(variants: list[str], arguments: argparse.Namespace) -> dict[str
     worst = max(abs(loss / losses["eager"] - 1) for loss in losses.values())
     if worst > 1e-3:
         sys.exit(f"the variants do not agree: first losses {losses}")
-    times: dict[str, list[float]] = {v: [] for v in variants}
+    times: dict[str, list[list[float]]] = {v: [] for v in variants}
     for _ in range(arguments.rounds):
         for variant, step in steps.items():
             step()  # finds the caches as another variant left them
-            start = time.perf_counter()
-            step()
-            times[variant].append((time.perf_counter() - start) * 1e3)
+            times[variant].append(step()[1])
     return times
 
 
@@ -214,8 +231,9 @@ def main() -> None:
                 rows.append({"variant": variant, "threads": threads, "failed": reason})
                 print(f"{threads} threads  {variant:22} {reason}", flush=True)
         times = measure_time([v for v in variants if not isinstance(memories.get(v), str)], arguments)
-        eager = statistics.median(times["eager"])
-        for variant, values in times.items():
+        eager = statistics.median(map(sum, times["eager"]))
+        for variant, parts in times.items():
+            values = [sum(part) for part in parts]
             median = statistics.median(values)
             row = {
                 "variant": variant,
@@ -224,11 +242,15 @@ def main() -> None:
                 "least_ms": min(values),
                 "speedup": eager / median,
             }
+            if not arguments.evaluation:
+                row |= {f"{name}_ms": statistics.median(part) for name, part in zip(PARTS, zip(*parts))}
             if not (arguments.no_memory or arguments.evaluation):
                 row["peak_mib"] = memories[variant]
             rows.append(row)
             memory = f"  {row['peak_mib']:7.0f} MiB" if "peak_mib" in row else ""
-            print(f"{threads} threads  {variant:22} {median:8.1f} ms  {row['speedup']:5.2f}x eager{memory}", flush=True)
+            shares = "" if arguments.evaluation else "  (" + " + ".join(f"{row[f'{p}_ms']:.1f}" for p in PARTS) + ")"
+            line = f"{threads} threads  {variant:22} {median:8.1f} ms{shares}  {row['speedup']:5.2f}x eager{memory}"
+            print(line, flush=True)
     if arguments.output:
         model = featherface.create_model(arguments.model, fused="1")
         report = [row._asdict() for row in ffkernels.report(model.train())]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import memory_format
 from ..native import NHWC
 from ..ops.bifpn_node import Fusion
-from ..ops.conv_chain import PARAMETERS, Link, links_of, needs_raw, nhwc
-from .conv import ACTIVATIONS, empty_nhwc, pointer
-from .conv_chain import GRADIENTS, numbers_of, record_backward, record_forward
-from .plan import At, Layout, Map, Plan, cached
+from ..ops.conv_chain import PARAMETERS, Link, needs_raw, nhwc
+from .conv import ACTIVATIONS
+from .conv_chain import numbers_of, record_backward, record_forward
+from .op_plan import LinksPlan
+from .plan import At, Map, Plan, cached
 
 SILU = ACTIVATIONS["silu"]
 INPUTS = 3
@@ -52,14 +52,14 @@ def in_order_of_convolution(link: Link, groups: int) -> Link:
     return link._replace(**{name: t.view(-1, groups).T.flatten() for name, t in moved.items()})
 
 
-class NodePlan:
+class NodePlan(LinksPlan):
     """A node for one size of its inputs.
 
-    What it keeps: ``stats`` of the last link, in the order of the convolution and shuffled, the fused map, and the raw
-    outputs of the links.
+    Its tensors are the inputs, the fusion weight, and the parameters of the links. What it keeps: ``stats`` of the last
+    link, in the order of the convolution and shuffled, the fused map, and the raw outputs of the links.
     """
 
-    needs_output = False
+    op = "bifpn_node"
 
     def __init__(
         self,
@@ -73,24 +73,24 @@ class NodePlan:
         present: tuple[bool, ...],
         save: bool,
     ) -> None:
-        self.sizes, self.dtype, self.weights, self.fusion = sizes, dtype, weights, fusion
-        self.integers, self.floats, self.shapes, self.present, self.saves = integers, floats, shapes, present, save
+        super().__init__(dtype, len(sizes), present, integers, floats, shapes)
+        self.sizes, self.weights, self.fusion, self.saves = sizes, weights, fusion, save
         self.target = sizes[fusion.resample.index(0)]
         self.plan = plan = Plan(dtype)
-        inputs, fusion_weight, y = self._inputs(plan), plan.base(), plan.base()
-        self.links = self._links(plan)
+        places = self.places(plan)
+        y, links = plan.base(), self.links(places)
         self.outputs = [(self.target[0], shape[0], *self.target[2:]) for shape in shapes]
-        last = self.links[-1]
+        last = links[-1]
         channels = shapes[-1][0]
         self.output = self.outputs[-1]
         self.keeps_stats = last.batch_statistics or (save and last.given_statistics)
-        self.keeps_raw = [save and needs_raw(self.links, i) for i in range(len(shapes))]
+        self.keeps_raw = [save and needs_raw(links, i) for i in range(len(shapes))]
         stats, shuffled, v, raw = self._kept(plan)
         if last.given_statistics and not save:
             stats = plan.scratch(4 * channels * plan.itemsize)
         v = v or plan.scratch_map(self.target)
-        plan.call("ff_cpu_bifpn_fuse", *self._arguments(inputs, fusion_weight), v.at)
-        links = self._in_order(plan, self.links)
+        plan.call("ff_cpu_bifpn_fuse", *self._arguments(places), v.at)
+        links = self._in_order(plan, links)
         groups = fusion.shuffle_groups
         result = plan.scratch_map(self.output) if groups > 1 else Map(y, self.output, channels)
         every = [None] * (len(links) - 1) + [stats]
@@ -99,7 +99,6 @@ class NodePlan:
             self._shuffle(plan, result.at, y, self.output, groups)
             if last.batch_statistics:
                 self._shuffle(plan, stats, shuffled, (1, channels, 1, 4), groups)
-        self.kept = Layout(dtype)
         if self.keeps_stats:
             self.kept.add(4, channels)
         if self.keeps_stats and groups > 1:
@@ -109,19 +108,11 @@ class NodePlan:
             for size, keep in zip(self.outputs, self.keeps_raw):
                 if keep:
                     self.kept.add(*size)
-        self.backward_plans: dict[tuple[bool, ...], Plan] = {}
 
-    def _inputs(self, plan: Plan) -> list[At]:
-        return [plan.base() for _ in self.sizes]
-
-    def _arguments(self, inputs: Sequence[At], fusion_weight: At) -> list:
-        pointers = [*inputs, *[None] * (INPUTS - len(inputs))]
-        return _arguments(pointers, self.sizes, fusion_weight, self.weights, self.fusion)
-
-    def _links(self, plan: Plan) -> list[Link]:
-        bases = [plan.base() for _ in self.present]
-        places = [at if there else None for at, there in zip(bases, self.present)]
-        return links_of(places, self.integers, self.floats)
+    def _arguments(self, places: Sequence[At | None]) -> list:
+        count = len(self.sizes)
+        pointers = [*places[:count], *[None] * (INPUTS - count)]
+        return _arguments(pointers, self.sizes, places[count], self.weights, self.fusion)
 
     def _kept(self, plan: Plan) -> tuple[At | None, At | None, Map | None, list[Map | None]]:
         stats = plan.base() if self.keeps_stats else None
@@ -147,48 +138,14 @@ class NodePlan:
         batch, channels, height, width = size
         plan.call("ff_cpu_channel_shuffle", source, target, batch, channels, height * width, groups, NHWC)
 
-    def run(self, inputs: Sequence[Tensor], fusion_weight: Tensor, params: Sequence, kept: list[int]) -> Tensor:
-        """The output, NHWC."""
-        y = empty_nhwc(self.output, inputs[0])
-        pointers = [*map(pointer, inputs), fusion_weight.data_ptr(), y.data_ptr(), *map(pointer, params), *kept]
-        self.plan.run("bifpn_node", pointers)
-        return y
-
-    def run_backward(
-        self,
-        grad: Tensor,
-        inputs: Sequence[Tensor],
-        fusion_weight: Tensor,
-        params: Sequence[Tensor | None],
-        kept: list[int],
-        needs: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """Gradients of the inputs (NHWC), of fusion_weight, and of the first four of each six params."""
-        key = tuple(needs)
-        plan = self.backward_plans.get(key)
-        if plan is None:
-            plan = self.backward_plans[key] = self._plan_backward(key)
-        count = len(inputs)
-        grads = [empty_nhwc(x.shape, x) if needed else None for x, needed in zip(inputs, key)]
-        grads.append(torch.empty_like(fusion_weight) if key[count] else None)
-        for i, link in enumerate(self.links):
-            tensors = params[PARAMETERS * i : PARAMETERS * i + GRADIENTS]
-            for j, (p, needed) in enumerate(zip(tensors, key[count + 1 + GRADIENTS * i :])):
-                make = torch.zeros_like if j == 1 and link.batch_statistics else torch.empty_like
-                grads.append(make(p) if needed else None)
-        tensors = (*inputs, fusion_weight, *params)
-        plan.run("bifpn_node backward", [grad.data_ptr(), *map(pointer, tensors), *kept, *map(pointer, grads)])
-        return grads
-
     def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
         plan, count, groups = Plan(self.dtype), len(self.sizes), self.fusion.shuffle_groups
         channels = self.shapes[-1][0]
         grad = Map(plan.base(), self.output, channels)
-        inputs, fusion_weight = self._inputs(plan), plan.base()
-        links = self._links(plan)
+        places = self.places(plan)
+        links = self.links(places)
         stats, _, v, raw = self._kept(plan)
-        places = [plan.base() for _ in needs]
-        targets = [at if needed else None for at, needed in zip(places, needs)]
+        targets = self.gradients(self.wanted(plan, needs))
         if groups > 1:
             plain = plan.scratch_map(self.output)
             self._shuffle(plan, grad.at, plain.at, self.output, channels // groups)
@@ -210,7 +167,7 @@ class NodePlan:
             weight = plan.scratch(8 * self.weights) if targets[count] is not None else None
             plan.call(
                 "ff_cpu_bifpn_fuse_backward",
-                *self._arguments(inputs, fusion_weight),
+                *self._arguments(places),
                 chain[0],
                 *targets[:count],
                 *missing,
@@ -221,33 +178,9 @@ class NodePlan:
                 plan.call_single("ff_cpu_from_double", weight, self.weights, targets[count])
         return plan
 
-    def forward(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        count = len(self.sizes)
-        inputs = [nhwc(x) for x in tensors[:count]]
-        kept = self.kept.empty()
-        y = self.run(inputs, tensors[count], tensors[count + 1 :], self.kept.pointers(kept))
-        return y.contiguous(memory_format=memory_format(tensors[0])), kept
-
-    def backward(
-        self, grad: Tensor, y: None, kept: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        count = len(self.sizes)
-        inputs, params = tensors[:count], tensors[count + 1 :]
-        wanted = list(needs[: count + 1])
-        for i in range(count + 1, len(needs), PARAMETERS):
-            wanted += needs[i : i + GRADIENTS]
-        found = self.run_backward(
-            nhwc(grad), [nhwc(x) for x in inputs], tensors[count], params, self.kept.pointers(kept), wanted
-        )
-        grads = [g if g is None else g.contiguous(memory_format=memory_format(x)) for g, x in zip(found, inputs)]
-        grads.append(found[count])
-        for i in range(count + 1, len(found), GRADIENTS):
-            grads += [*found[i : i + GRADIENTS], None, None]
-        return grads
-
     def statistics(self, kept: Tensor) -> tuple[int, int]:
         """Addresses of the mean and variance of the output, in its order."""
-        place = self.kept.pointers(kept)[1 if self.fusion.shuffle_groups > 1 else 0]
+        place = kept.data_ptr() + self.kept.offsets[1 if self.fusion.shuffle_groups > 1 else 0]
         return place, place + self.shapes[-1][0] * kept.itemsize
 
 
@@ -262,14 +195,14 @@ def node_plan(
 ) -> NodePlan:
     return cached(
         NodePlan,
-        tuple([tuple(x.shape) for x in inputs]),
+        tuple([x.shape for x in inputs]),
         inputs[0].dtype,
         weights,
         fusion,
         tuple(integers),
         tuple(floats),
-        tuple([tuple(w.shape) for w in params[::PARAMETERS]]),
-        tuple([p is not None for p in params]),
+        tuple([w.shape for w in params[::PARAMETERS]]),
+        (True,) * (len(inputs) + 1) + tuple([p is not None for p in params]),
         save,
     )
 
@@ -281,9 +214,7 @@ def forward(
     inputs = [nhwc(x) for x in inputs]
     integers, floats, params = numbers_of(links)
     node = node_plan(inputs, len(fusion_weight), fusion, integers, floats, params, save)
-    like = inputs[0]
-    kept = [torch.empty(s, dtype=like.dtype) if len(s) == 2 else empty_nhwc(s, like) for s in node.kept.shapes]
-    y = node.run(inputs, fusion_weight, params, [t.data_ptr() for t in kept])
+    y, kept = node.raw_run([*inputs, fusion_weight, *params])
     stats: list[Tensor | None] = [None] * len(links)
     if node.keeps_stats:
         stats[-1] = kept.pop(0)
@@ -311,4 +242,4 @@ def backward(
     if fusion.shuffle_groups > 1:
         kept *= 2  # the shuffled statistics, which the backward pass does not read
     kept += [v.data_ptr(), *(z.data_ptr() for z in raw)]
-    return node.run_backward(nhwc(grad), inputs, fusion_weight, params, kept, needs)
+    return node.raw_backward(grad, [*inputs, fusion_weight, *params], kept, needs)

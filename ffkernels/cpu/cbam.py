@@ -7,21 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import memory_format
 from ..ops.cbam import Application
 from ..ops.conv_chain import nhwc
-from .conv import batch_norm_update, empty_nhwc, pointer
-from .plan import At, Layout, Plan, cached
+from .conv import batch_norm_update
+from .op_plan import OpPlan, compact
+from .plan import At, Plan, cached
 
 PARAMETERS = 7
 """Tensors of an application that have gradients; two running statistics follow them."""
 
 
-class ApplicationPlan:
+class ApplicationPlan(OpPlan):
     """An application for one size of its input.
 
-    What it keeps: pooled mean and maximum, channel gate, maps, their convolution, its ``stats``, spatial gate.
+    Its tensors are x, a residual that is not x, the parameters, and the running statistics. What it keeps: pooled mean
+    and maximum, channel gate, maps, their convolution, its ``stats``, spatial gate.
     """
+
+    op = "cbam"
 
     def __init__(
         self,
@@ -29,17 +32,19 @@ class ApplicationPlan:
         dtype: torch.dtype,
         shapes: tuple[tuple[int, ...], ...],
         integers: tuple[int, ...],
-        floats: tuple[float, ...],
+        eps: float,
+        present: tuple[bool, ...],
     ) -> None:
+        super().__init__(dtype, 1 + present[1], present)
         order, residual_is_x, relu, training = integers
         (hidden, width), (self.groups, _, kernel, _) = shapes
-        self.size, self.dtype, self.training = size, dtype, bool(training)
-        self.residual_is_x, self.needs_output, self.eps = bool(residual_is_x), bool(relu), floats[1]
+        self.size = self.output = size
+        self.training, self.residual_is_x, self.needs_output = bool(training), bool(residual_is_x), bool(relu)
+        self.eps = eps
         self.mlp = ((hidden, width), (hidden,), (width, hidden), (width,))
         self.numbers = (*size, hidden, width, self.groups, kernel, order)
         batch, channels, height, width = size
         self.pixels = height * width
-        self.kept = Layout(dtype)
         self.kept.add(2, batch, channels)
         self.kept.add(batch, channels)
         self.kept.add(batch, 2 * self.groups, height, width)
@@ -47,15 +52,15 @@ class ApplicationPlan:
         self.kept.add(4, self.groups)
         self.kept.add(batch, self.groups, height, width)
         self.plan = self._plan_forward()
-        self.backward_plans: dict[tuple[bool, ...], Plan] = {}
 
     def _workspace(self, plan: Plan, backward: int) -> At:
         return plan.workspace(plan.native.ff_cpu_cbam_workspace(backward, *self.numbers, plan.dtype, plan.threads))
 
     def _plan_forward(self) -> Plan:
         plan = Plan(self.dtype)
-        x, residual, y = plan.base(), plan.base(), plan.base()
-        *mlp_and_conv, bn_weight, bn_bias, mean, var = [plan.base() for _ in range(PARAMETERS + 2)]
+        x, residual, *mlp_and_conv, bn_weight, bn_bias, mean, var = self.places(plan)
+        residual = x if self.residual_is_x else residual
+        y = plan.base()
         pooled, gate, maps, z, stats, spatial = [plan.base() for _ in self.kept.shapes]
         batch, channels = self.size[:2]
         planes = (batch, self.groups, self.pixels)
@@ -75,11 +80,12 @@ class ApplicationPlan:
 
     def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
         plan = Plan(self.dtype)
-        grad, x, y = plan.base(), plan.base(), plan.base()
-        *mlp_and_conv, _, _, _, _ = [plan.base() for _ in range(PARAMETERS + 2)]
+        grad = plan.base()
+        y = plan.base() if self.needs_output else None
+        x, _, *mlp_and_conv, _, _, _, _ = self.places(plan)
         pooled, gate, maps, z, stats, spatial = [plan.base() for _ in self.kept.shapes]
-        grad_x = plan.base()
-        grads = [plan.base() for _ in range(PARAMETERS)]
+        grad_x, _, *grads = self.wanted(plan, needs)
+        grads = grads[:PARAMETERS]
         batch, channels = self.size[:2]
         planes = (batch, self.groups, self.pixels)
         count = batch * self.groups * self.pixels
@@ -95,7 +101,7 @@ class ApplicationPlan:
         sizes = [rows[0] * (rows[1] if len(rows) > 1 else 1) for rows in self.mlp]
         sizes.append(2 * self.groups * self.numbers[7] ** 2)
         doubles = [plan.scratch(8 * n) for n in sizes]
-        if not needs[6]:
+        if grads[4] is None:
             doubles[-1] = None
         plan.call(
             "ff_cpu_cbam_backward",
@@ -104,87 +110,65 @@ class ApplicationPlan:
             *self.numbers,
             self._workspace(plan, 1),
         )
-        for source, n, target, needed in zip(doubles, sizes, grads, needs[2:]):
-            if needed:
+        for source, n, target in zip(doubles, sizes, grads):
+            if target is not None:
                 plan.call_single("ff_cpu_from_double", source, n, target)
         return plan
-
-    def run(self, x: Tensor, residual: Tensor | None, params: Sequence[Tensor | None], kept: list[int]) -> Tensor:
-        """The output, NHWC. x and residual are NHWC."""
-        y = empty_nhwc(self.size, x)
-        place = x.data_ptr() if self.residual_is_x else pointer(residual)
-        self.plan.run("cbam", [x.data_ptr(), place, y.data_ptr(), *map(pointer, params), *kept])
-        return y
 
     def run_backward(
         self,
         grad: Tensor,
-        x: Tensor,
         y: Tensor | None,
-        params: Sequence[Tensor | None],
-        kept: list[int],
-        needs: Sequence[bool],
+        tensors: Sequence[Tensor],
+        kept: Sequence[int],
+        needs: tuple[bool, ...],
     ) -> list[Tensor | None]:
-        """Gradients of x, residual (NHWC), and the first seven params, None where ``needs`` is False."""
-        grad_residual = None
-        if needs[1]:
-            grad_residual = grad.clone() if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
-        key = tuple(needs)
-        if not any((key[0], *key[2:])):
-            return [None, grad_residual, *[None] * PARAMETERS]
-        plan = self.backward_plans.get(key)
-        if plan is None:
-            plan = self.backward_plans[key] = self._plan_backward(key)
-        grad_x = empty_nhwc(self.size, x) if key[0] else None
-        grads = [torch.empty_like(p) if needed else None for p, needed in zip(params, key[2:])]
-        tensors = [pointer(t) for t in (grad, x, y, *params)]
-        plan.run("cbam backward", [*tensors, *kept, pointer(grad_x), *map(pointer, grads)])
-        return [grad_x, grad_residual, *grads]
-
-    def forward(self, x: Tensor, residual: Tensor | None, *params: Tensor | None) -> tuple[Tensor, Tensor]:
-        kept = self.kept.empty()
-        residual = None if residual is None else nhwc(residual)
-        y = self.run(nhwc(x), residual, params, self.kept.pointers(kept))
-        return y.contiguous(memory_format=memory_format(x)), kept
-
-    def backward(
-        self, grad: Tensor, y: Tensor | None, kept: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        x, _, *params = tensors
-        y = None if y is None else nhwc(y)
-        wanted = needs[: 2 + PARAMETERS]
-        found = self.run_backward(nhwc(grad), nhwc(x), y, params, self.kept.pointers(kept), wanted)
-        for i in (0, 1):
-            if found[i] is not None:
-                found[i] = found[i].contiguous(memory_format=memory_format(x))
-        return [*found, None, None]
+        residual = None
+        if self.maps > 1 and needs[1]:
+            residual, needs = residual_gradient(grad, y), (needs[0], False, *needs[2:])
+        grads = super().run_backward(grad, y, tensors, kept, needs) if any(needs) else [None] * len(tensors)
+        if residual is not None:
+            grads[1] = residual
+        return grads
 
     def statistics(self, kept: Tensor) -> tuple[int, int]:
         """Addresses of the mean and variance of the spatial maps."""
-        place = self.kept.pointers(kept)[4]
+        place = kept.data_ptr() + self.kept.offsets[4]
         return place, place + self.groups * kept.itemsize
 
 
+def residual_gradient(grad: Tensor, y: Tensor | None) -> Tensor:
+    """``y`` is the output where it ended in a ReLU."""
+    return grad.clone() if y is None else torch.ops.aten.threshold_backward(grad, y, 0)
+
+
 def application_plan(
-    x: Tensor, params: Sequence[Tensor | None], integers: Sequence[int], floats: Sequence[float]
+    x: Tensor,
+    residual: Tensor | None,
+    params: Sequence[Tensor | None],
+    integers: Sequence[int],
+    floats: Sequence[float],
 ) -> ApplicationPlan:
-    shapes = tuple(params[0].shape), tuple(params[4].shape)
     # The momentum, which may be another one in every step, is not the plan's business.
-    return cached(ApplicationPlan, tuple(x.shape), x.dtype, shapes, tuple(integers), (0.0, floats[1]))
+    present = (True, residual is not None, *[p is not None for p in params])
+    shapes = params[0].shape, params[4].shape
+    return cached(ApplicationPlan, x.shape, x.dtype, shapes, tuple(integers), floats[1], present)
 
 
-def plan_of(x: Tensor, app: Application) -> ApplicationPlan:
+def plan_of(x: Tensor, residual: Tensor | None, app: Application) -> tuple[ApplicationPlan, list[Tensor]]:
+    """The plan, and its tensors."""
     integers = (app.order, int(app.residual_is_x), int(app.relu), int(app.training))
-    return application_plan(x, app[: PARAMETERS + 2], integers, (app.momentum, app.eps))
+    params = app[: PARAMETERS + 2]
+    plan = application_plan(x, residual, params, integers, (app.momentum, app.eps))
+    return plan, compact([x, residual, *params])
 
 
 def forward(x: Tensor, residual: Tensor | None, app: Application) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The output (NHWC), the running statistics after it, and what the backward pass needs."""
     x = nhwc(x)
-    residual = None if residual is None else nhwc(residual)
-    plan = plan_of(x, app)
+    plan, tensors = plan_of(x, None if residual is None else nhwc(residual), app)
     kept = [x.new_empty(shape) for shape in plan.kept.shapes]
-    y = plan.run(x, residual, app[: PARAMETERS + 2], [t.data_ptr() for t in kept])
+    y = plan.run(tensors, [t.data_ptr() for t in kept])
     running = []
     if app.training and app.running_mean is not None:
         running = [app.running_mean.clone(), app.running_var.clone()]
@@ -203,5 +187,12 @@ def backward(
     ``y`` is the output where it ended in a ReLU."""
     grad, x = nhwc(grad), nhwc(x)
     y = None if y is None else nhwc(y)
+    residual = residual_gradient(grad, y) if needs[1] else None
     params = app[: PARAMETERS + 2]
-    return plan_of(x, app).run_backward(grad, x, y, params, [t.data_ptr() for t in saved], needs)
+    marks = [needs[0], *[mark for mark, p in zip([*needs[2:], False, False], params) if p is not None]]
+    if not any(marks):
+        return [None, residual, *[None] * PARAMETERS]
+    plan, tensors = plan_of(x, None, app)
+    found = iter(plan.run_backward(grad, y, tensors, [t.data_ptr() for t in saved], tuple(marks)))
+    grad_x = next(found)
+    return [grad_x, residual, *[None if p is None else next(found) for p in params[:PARAMETERS]]]

@@ -8,15 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..layout import memory_format
-from ..ops.conv_chain import PARAMETERS, Link, links_of, needs_raw, nhwc
+from ..ops.conv_chain import PARAMETERS, Link, needs_raw, nhwc
 from . import planned_conv as convs
-from .conv import empty_nhwc, pointer
-from .plan import At, Layout, Map, Plan, cached
+from .op_plan import GRADIENTS, LinksPlan, compact
+from .plan import At, Map, Plan, cached
 from .planned_conv import Conv, Operand
-
-GRADIENTS = 4
-"""Tensors of a link that have gradients: weight, bias, bn_weight, bn_bias."""
 
 
 def record_forward(
@@ -113,79 +109,6 @@ def record_backward(
         grad, sums = grad_x, x_sums
 
 
-class LinksPlan:
-    """An op with one input and the parameters of links, for one size of its input.
-
-    Attributes:
-        plan, backward_plans: the calls of the forward pass, and those of the backward pass by what it is to compute.
-        output: size of the output.
-        kept: what the forward pass leaves behind, ``stats`` first.
-    """
-
-    op: str
-    needs_output = False
-    plan: Plan
-    links: list[Link]
-    output: tuple[int, ...]
-    kept: Layout
-
-    def __init__(self) -> None:
-        self.backward_plans: dict[tuple[bool, ...], Plan] = {}
-
-    def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
-        raise NotImplementedError
-
-    def run(self, x: Tensor, params: Sequence[Tensor | None], kept: list[int]) -> Tensor:
-        """The output, NHWC."""
-        y = empty_nhwc(self.output, x)
-        self.plan.run(self.op, [x.data_ptr(), y.data_ptr(), *map(pointer, params), *kept])
-        return y
-
-    def run_backward(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        params: Sequence[Tensor | None],
-        kept: list[int],
-        needs: Sequence[bool],
-    ) -> list[Tensor | None]:
-        """Gradients of x (NHWC) and of the first four of each six params, None where ``needs`` is False."""
-        key = tuple(needs)
-        plan = self.backward_plans.get(key)
-        if plan is None:
-            plan = self.backward_plans[key] = self._plan_backward(key)
-        grads: list[Tensor | None] = [empty_nhwc(x.shape, x) if key[0] else None]
-        for i, link in enumerate(self.links):
-            weight, bias, *affine = params[PARAMETERS * i : PARAMETERS * i + GRADIENTS]
-            first = 1 + GRADIENTS * i
-            grads.append(torch.empty_like(weight) if key[first] else None)
-            # A constant per channel vanishes when the mean of the batch is subtracted.
-            make = torch.zeros_like if link.batch_statistics else torch.empty_like
-            grads.append(make(bias) if key[first + 1] else None)
-            grads += [torch.empty_like(p) if needed else None for p, needed in zip(affine, key[first + 2 : first + 4])]
-        pointers = [grad.data_ptr(), x.data_ptr(), *map(pointer, params), *kept, *map(pointer, grads)]
-        plan.run(f"{self.op} backward", pointers)
-        return grads
-
-    def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor]:
-        kept = self.kept.empty()
-        y = self.run(nhwc(x), params, self.kept.pointers(kept))
-        return y.contiguous(memory_format=memory_format(x)), kept
-
-    def backward(
-        self, grad: Tensor, y: None, kept: Tensor, tensors: Sequence[Tensor | None], needs: Sequence[bool]
-    ) -> list[Tensor | None]:
-        x, *params = tensors
-        wanted = [needs[0]]
-        for i in range(1, len(needs), PARAMETERS):
-            wanted += needs[i : i + GRADIENTS]
-        found = self.run_backward(nhwc(grad), nhwc(x), params, self.kept.pointers(kept), wanted)
-        grads = [found[0] if found[0] is None else found[0].contiguous(memory_format=memory_format(x))]
-        for i in range(1, len(found), GRADIENTS):
-            grads += [*found[i : i + GRADIENTS], None, None]
-        return grads
-
-
 class ChainPlan(LinksPlan):
     """A chain for one size of its input. What it keeps: ``stats`` of every link, then its raw output, where needed."""
 
@@ -198,14 +121,15 @@ class ChainPlan(LinksPlan):
         integers: tuple[int, ...],
         floats: tuple[float, ...],
         shapes: tuple[tuple[int, ...], ...],
+        present: tuple[bool, ...],
         save: bool,
     ) -> None:
-        super().__init__()
-        self.size, self.dtype, self.integers, self.floats, self.shapes = size, dtype, integers, floats, shapes
+        super().__init__(dtype, 1, present, integers, floats, shapes)
+        self.size = size
         self.plan = plan = Plan(dtype)
-        x, y = plan.base(), plan.base()
-        self.links = links = links_of([plan.base() for _ in range(PARAMETERS * len(shapes))], integers, floats)
-        self.kept = Layout(dtype)
+        x, *_ = places = self.places(plan)
+        y = plan.base()
+        links = self.links(places)
         self.outputs = []
         for link, shape in zip(links, shapes):
             size = Conv.of(link, shape).output(size)
@@ -226,16 +150,16 @@ class ChainPlan(LinksPlan):
         for i, size in enumerate(self.outputs):
             if self.keeps_raw[i]:
                 self.kept.add(*size)
+        self.batch_statistics = [link.batch_statistics for link, keep in zip(links, self.keeps_stats) if keep]
 
     def statistics(self, kept: Tensor) -> list[tuple[int, int]]:
         """Addresses of the mean and variance of every link that normalises with those of the batch."""
-        starts = iter(self.kept.pointers(kept))
-        found = []
-        for link, shape, keep in zip(self.links, self.shapes, self.keeps_stats):
-            mean = next(starts) if keep else 0
-            if link.batch_statistics:
-                found.append((mean, mean + shape[0] * kept.itemsize))
-        return found
+        start = kept.data_ptr()
+        return [
+            (start + offset, start + offset + shape[1] * kept.itemsize)
+            for offset, shape, used in zip(self.kept.offsets, self.kept.shapes, self.batch_statistics)
+            if used
+        ]
 
     def _kept_stats(self, plan: Plan) -> list[At | None]:
         return [plan.base() if keep else None for keep in self.keeps_stats]
@@ -246,20 +170,28 @@ class ChainPlan(LinksPlan):
     def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
         plan = Plan(self.dtype)
         size = self.outputs[-1]
-        grad, x = Map(plan.base(), size, size[1]), Map(plan.base(), self.size, self.size[1])
-        links = links_of([plan.base() for _ in range(PARAMETERS * len(self.shapes))], self.integers, self.floats)
+        grad = Map(plan.base(), size, size[1])
+        x, *_ = places = self.places(plan)
         stats, raw = self._kept_stats(plan), self._kept_raw(plan)
-        places = [plan.base() for _ in needs]
-        grads = [at if needed else None for at, needed in zip(places, needs)]
-        record_backward(plan, grad, x, links, self.shapes, stats, raw, grads)
+        grads = self.gradients(self.wanted(plan, needs))
+        x = Map(x, self.size, self.size[1])
+        record_backward(plan, grad, x, self.links(places), self.shapes, stats, raw, grads)
         return plan
 
 
 def chain_plan(
     x: Tensor, integers: Sequence[int], floats: Sequence[float], params: Sequence[Tensor | None], save: bool
 ) -> ChainPlan:
-    shapes = tuple([tuple(w.shape) for w in params[::PARAMETERS]])
-    return cached(ChainPlan, tuple(x.shape), x.dtype, tuple(integers), tuple(floats), shapes, save)
+    return cached(
+        ChainPlan,
+        x.shape,
+        x.dtype,
+        tuple(integers),
+        tuple(floats),
+        tuple([w.shape for w in params[::PARAMETERS]]),
+        (True, *[p is not None for p in params]),
+        save,
+    )
 
 
 def numbers_of(links: Sequence[Link]) -> tuple[list[int], list[float], list[Tensor | None]]:
@@ -274,12 +206,10 @@ def forward(x: Tensor, links: list[Link], save: bool) -> tuple[Tensor, list[Tens
     x = nhwc(x)
     integers, floats, params = numbers_of(links)
     chain = chain_plan(x, integers, floats, params, save)
-    shapes = zip(chain.shapes, chain.keeps_stats)
-    stats = [torch.empty((4, shape[0]), dtype=x.dtype) if keep else None for shape, keep in shapes]
-    raw = [empty_nhwc(size, x) for size, keep in zip(chain.outputs, chain.keeps_raw) if keep]
-    kept = [t.data_ptr() for t in (*stats, *raw) if t is not None]
-    y = chain.run(x, params, kept)
-    return y, stats, raw
+    y, kept = chain.raw_run([x, *params])
+    remaining = iter(kept)
+    stats = [next(remaining) if keep else None for keep in chain.keeps_stats]
+    return y, stats, list(remaining)
 
 
 def backward(
@@ -294,8 +224,8 @@ def backward(
     x = nhwc(x)
     kept = [t.data_ptr() for t in (*stats, *raw) if t is not None]
     integers, floats, params = numbers_of(links)
-    grads = chain_plan(x, integers, floats, params, True).run_backward(nhwc(grad), x, params, kept, needs)
-    return [g for g in grads if g is not None]
+    chain = chain_plan(x, integers, floats, params, True)
+    return compact(chain.raw_backward(grad, [x, *params], kept, needs))
 
 
 def affine_gradients(

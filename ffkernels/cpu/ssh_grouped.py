@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops.conv_chain import PARAMETERS, Link, links_of, nhwc
+from ..ops.conv_chain import PARAMETERS, Link, nhwc
 from . import planned_conv as convs
-from .conv import ACTIVATIONS, empty_nhwc
-from .conv_chain import GRADIENTS, LinksPlan, numbers_of
-from .plan import At, Layout, Map, Plan, cached
+from .conv import ACTIVATIONS
+from .conv_chain import numbers_of
+from .op_plan import GRADIENTS, LinksPlan, compact
+from .plan import At, Map, Plan, cached
 from .planned_conv import Conv, Operand
 
 STAGES = ((0, 1), (2, 3), (4,))
@@ -101,17 +102,17 @@ class BlockPlan(LinksPlan):
         present: tuple[bool, ...],
         save: bool,
     ) -> None:
-        super().__init__()
-        *self.integers, self.shuffle_groups = integers
-        self.size, self.dtype, self.floats, self.shapes, self.present = size, dtype, floats, shapes, present
+        *integers, self.shuffle_groups = integers
+        super().__init__(dtype, 1, present, tuple(integers), floats, shapes)
+        self.size = size
         self.plan = plan = Plan(dtype)
-        x, y = plan.base(), plan.base()
-        self.links = links = self._links(plan)
+        x, *_ = places = self.places(plan)
+        y = plan.base()
+        links = self.links(places)
         self.widths = [sum(shapes[i][0] for i in stage) for stage in STAGES]
         training = links[0].batch_statistics
         self.keeps_stats, self.saves = save or training, save
         self.sizes = [(size[0], n, *size[2:]) for n in self.widths]
-        self.kept = Layout(dtype)
         stats, raw = self._kept(plan)
         if not self.keeps_stats:
             stats = [plan.scratch(4 * n * plan.itemsize) for n in self.widths]
@@ -148,11 +149,6 @@ class BlockPlan(LinksPlan):
             for s in self.sizes:
                 self.kept.add(*s)
 
-    def _links(self, plan: Plan) -> list[Link]:
-        bases = [plan.base() for _ in self.present]
-        places = [at if there else None for at, there in zip(bases, self.present)]
-        return links_of(places, self.integers, self.floats)
-
     def _kept(self, plan: Plan) -> tuple[list[At], list[Map]]:
         stats = [plan.base() for _ in STAGES] if self.keeps_stats else []
         return stats, [Map(plan.base(), s, s[1]) for s in self.sizes] if self.saves else []
@@ -160,11 +156,11 @@ class BlockPlan(LinksPlan):
     def _plan_backward(self, needs: tuple[bool, ...]) -> Plan:
         plan = Plan(self.dtype)
         n = plan.itemsize
-        grad, x = plan.base(), Map(plan.base(), self.size, self.size[1])
-        links = self._links(plan)
+        grad = plan.base()
+        x, *_ = places = self.places(plan)
+        x, links = Map(x, self.size, self.size[1]), self.links(places)
         stats, raw = self._kept(plan)
-        places = [plan.base() for _ in needs]
-        grads = [at if needed else None for at, needed in zip(places, needs)]
+        grads = self.gradients(self.wanted(plan, needs))
         inputs = [x, *(plan.channels(z, self.shapes[i][0], self.shapes[j][0]) for z, (i, j) in zip(raw, STAGES[:2]))]
         stages = [Stage(plan, links, indices, self.shapes, source) for indices, source in zip(STAGES, inputs)]
         branches = [stage.slice(plan, z, s, 0) for stage, z, s in zip(stages, raw, stats)]
@@ -231,9 +227,9 @@ class BlockPlan(LinksPlan):
 def block_plan(
     x: Tensor, integers: Sequence[int], floats: Sequence[float], params: Sequence[Tensor | None], save: bool
 ) -> BlockPlan:
-    shapes = tuple([tuple(w.shape) for w in params[::PARAMETERS]])
-    present = tuple([p is not None for p in params])
-    return cached(BlockPlan, tuple(x.shape), x.dtype, tuple(integers), tuple(floats), shapes, present, save)
+    shapes = tuple([w.shape for w in params[::PARAMETERS]])
+    present = (True, *[p is not None for p in params])
+    return cached(BlockPlan, x.shape, x.dtype, tuple(integers), tuple(floats), shapes, present, save)
 
 
 def forward(
@@ -243,10 +239,9 @@ def forward(
     x = nhwc(x)
     integers, floats, params = numbers_of(links)
     block = block_plan(x, [*integers, shuffle_groups], floats, params, save)
-    stats = [torch.empty((4, n), dtype=x.dtype) for n in block.widths] if block.keeps_stats else []
-    raw = [empty_nhwc(size, x) for size in block.sizes] if save else []
-    y = block.run(x, params, [t.data_ptr() for t in (*stats, *raw)])
-    return y, stats, raw
+    y, kept = block.raw_run([x, *params])
+    count = len(STAGES) if block.keeps_stats else 0
+    return y, kept[:count], kept[count:]
 
 
 def backward(
@@ -262,7 +257,5 @@ def backward(
     x = nhwc(x)
     integers, floats, params = numbers_of(links)
     kept = [t.data_ptr() for t in (*stats, *raw)]
-    found = block_plan(x, [*integers, shuffle_groups], floats, params, True).run_backward(
-        nhwc(grad), x, params, kept, needs
-    )
-    return [g for g in found if g is not None]
+    block = block_plan(x, [*integers, shuffle_groups], floats, params, True)
+    return compact(block.raw_backward(grad, [x, *params], kept, needs))

@@ -26,7 +26,7 @@ from .conv_chain import (
     links_of,
     statistics_dtype,
 )
-from .library import Planned, define, direct, kernels, update_from_addresses
+from .library import define, direct, kernels, planned, update_from_addresses
 
 OP = "bifpn_node"
 
@@ -229,7 +229,7 @@ def _call(
         fusion = Fusion(tuple(integers[: len(inputs)]), shuffle_groups, pool == "max_same", epsilon)
         numbers = integers[len(inputs) + 2 :], floats[1:]
         plan = kernels(backend, OP).node_plan(inputs, len(weight), fusion, *numbers, params, record)
-        y, kept = (Planned.apply(plan, *inputs, weight, *params)) if record else plan.forward(*inputs, weight, *params)
+        y, kept = planned(plan, [*inputs, weight, *params], record)
         if bn.training:
             values = target.shape[0] * target.shape[2] * target.shape[3]
             update_from_addresses([(bn, *plan.statistics(kept), values)])

@@ -17,7 +17,7 @@ from ..params import ChannelMLP, ConvParams
 from ..reference.cbam import cbam as reference
 from . import checks
 from .conv_chain import statistics_dtype
-from .library import Planned, define, direct, kernels, update_from_addresses
+from .library import define, direct, kernels, planned, update_from_addresses
 
 OP = "cbam"
 
@@ -214,8 +214,8 @@ def _apply(
     if backend == "cpu" and direct(x, [bn]):
         if bn.training:
             params[7:] = [None, None]  # the caller updates them in place, and they are not read
-        plan = kernels(backend, OP).application_plan(x, params, integers, floats)
-        y, kept = Planned.apply(plan, x, residual, *params) if record else plan.forward(x, residual, *params)
+        plan = kernels(backend, OP).application_plan(x, residual, params, integers, floats)
+        y, kept = planned(plan, [x, residual, *params], record)
         if bn.training:
             values = x.shape[0] * x.shape[2] * x.shape[3]
             update_from_addresses([(bn, *plan.statistics(kept), values)])

@@ -21,7 +21,7 @@ from ..layout import memory_format
 from ..params import ConvUnit
 from ..reference.conv_chain import conv_chain as reference
 from . import checks
-from .library import Planned, define, direct, kernels, update_from_addresses
+from .library import define, direct, kernels, planned, update_from_addresses
 
 OP = "conv_chain"
 
@@ -284,7 +284,7 @@ def run_chain(
     integers, floats, params = flatten(x, units)
     if backend == "cpu" and direct(x, [unit.bn for unit in units]):
         plan = kernels(backend, OP).chain_plan(x, integers, floats, params, record)
-        y, kept = Planned.apply(plan, x, *params) if record else plan.forward(x, *params)
+        y, kept = planned(plan, [x, *params], record)
         training = [(unit.bn, size) for unit, size in zip(units, sizes) if unit.bn is not None and unit.bn.training]
         if training:
             addresses = plan.statistics(kept)

@@ -62,14 +62,10 @@ def update_from_addresses(uses: Sequence[tuple[BatchNorm, int, int, int]]) -> No
 
 
 class Planned(torch.autograd.Function):
-    """Autograd of a call of CPU kernels whose plan (ffkernels/cpu/plan.py) is known.
-
-    ``plan.forward(*tensors)`` returns the output and one tensor of all that the backward pass needs of its own;
-    ``plan.backward(grad, y, kept, tensors, needs)`` the gradients of ``tensors``, y where ``plan.needs_output``.
-    """
+    """Autograd of a call of CPU kernels whose plan (ffkernels/cpu/op_plan.py) is known."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, plan: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         y, kept = plan.forward(*tensors)
         ctx.plan = plan
         ctx.save_for_backward(y if plan.needs_output else None, kept, *tensors)
@@ -84,3 +80,9 @@ class Planned(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         y, kept, *tensors = ctx.saved_tensors
         return None, *ctx.plan.backward(grad, y, kept, tensors, ctx.needs_input_grad[1:])
+
+
+def planned(plan: Any, tensors: Sequence[Tensor | None], record: bool) -> tuple[Tensor, Tensor]:
+    """The output of a plan, and what it keeps."""
+    present = [t for t in tensors if t is not None]
+    return Planned.apply(plan, *present) if record else plan.forward(*present)

@@ -15,7 +15,7 @@ from ..params import ConvParams, ConvUnit
 from ..reference.ssh_grouped import ssh_grouped as reference
 from . import checks
 from .conv_chain import RAW_OPS, Block, fake_backward, flatten, links_of, statistics_dtype, supports
-from .library import Planned, define, direct, kernels, update_from_addresses
+from .library import define, direct, kernels, planned, update_from_addresses
 
 OP = "ssh_grouped"
 
@@ -154,7 +154,7 @@ def ssh_grouped(
     integers.append(shuffle_groups)
     if backend == "cpu" and direct(x, bns):
         plan = kernels(backend, OP).block_plan(x, integers, floats, params, record)
-        y, kept = Planned.apply(plan, x, *params) if record else plan.forward(x, *params)
+        y, kept = planned(plan, [x, *params], record)
         if bns[0].training:
             count = batch * height * width
             update_from_addresses([(bn, *at, count) for bn, at in zip(bns, plan.statistics(kept))])

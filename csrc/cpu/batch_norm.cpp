@@ -87,16 +87,7 @@ int reduce(const T *grad, const T *z, const T *stats, int activation, double slo
                           &plan.sums[rank]);
     }
   });
-  for (int64_t i = 0; i < channels; ++i) {
-    double total = 0, product = 0;
-    for (int rank = 0; rank < ranks; ++rank)
-      for (int64_t j = i; j < plan.period; j += channels) {
-        total += plan.sums[rank].g[j];
-        product += plan.sums[rank].gz[j];
-      }
-    sums[i] = total;
-    sums[channels + i] = product;
-  }
+  join_sums(ranks, channels, plan.period, [&](int rank) { return plan.sums[rank]; }, sums);
   return FF_OK;
 }
 

@@ -188,6 +188,21 @@ struct GradientSums {
   }
 };
 
+// out (2, channels) = the sums of all ranks; sums(rank) are those of one, repeated over a period.
+template <class Sums>
+inline void join_sums(int ranks, int64_t channels, int64_t period, const Sums &sums, double *out) {
+  for (int64_t i = 0; i < channels; ++i) {
+    double g = 0, gz = 0;
+    for (int rank = 0; rank < ranks; ++rank)
+      for (int64_t j = i; j < period; j += channels) {
+        g += sums(rank).g[j];
+        gz += sums(rank).gz[j];
+      }
+    out[i] = g;
+    out[channels + i] = gz;
+  }
+}
+
 // g = grad * act'(normalised z) written to `out` (may be nullptr or grad), its sums added to `sums`.
 template <class T>
 inline void activation_backward(const T *grad, const T *z, int64_t elements, int64_t period, const Affine<T> &affine,

@@ -842,16 +842,7 @@ int backward(const BackwardArguments &in, const ConvShape &shape, int threads) {
                                          : plan.run_rows(task, threads);
   if (in.grad_weight != nullptr) plan.write_weight_gradient(ranks, static_cast<T *>(in.grad_weight));
   if (in.x_sums != nullptr)
-    for (int64_t i = 0; i < inputs; ++i) {
-      double g = 0, gz = 0;
-      for (int rank = 0; rank < ranks; ++rank)
-        for (int64_t j = i; j < plan.in_period; j += inputs) {
-          g += plan.threads[rank].sums.g[j];
-          gz += plan.threads[rank].sums.gz[j];
-        }
-      in.x_sums[i] = g;
-      in.x_sums[inputs + i] = gz;
-    }
+    join_sums(ranks, inputs, plan.in_period, [&](int rank) { return plan.threads[rank].sums; }, in.x_sums);
   return FF_OK;
 }
 

@@ -105,16 +105,7 @@ int split(const T *grad, const Branch<T> *branches, int64_t pixels, int64_t grou
     }
   });
   for (int i = 0; i < 3; ++i)
-    for (int64_t c = 0; c < counts[i]; ++c) {
-      double total = 0, product = 0;
-      for (int rank = 0; rank < ranks; ++rank)
-        for (int64_t j = c; j < period_of<T>(counts[i]); j += counts[i]) {
-          total += seam.sums[rank * 3 + i].g[j];
-          product += seam.sums[rank * 3 + i].gz[j];
-        }
-      sums[i][c] = total;
-      sums[i][counts[i] + c] = product;
-    }
+    join_sums(ranks, counts[i], period_of<T>(counts[i]), [&](int rank) { return seam.sums[rank * 3 + i]; }, sums[i]);
   return FF_OK;
 }
 

@@ -26,4 +26,5 @@ stage v2_training_long model.weights="$runs/v2_training_multibox/final.safetenso
 featherface average "$runs/v2_average.safetensors" "$runs/v2_training_long/final.safetensors" \
   --share 0.3 --share 0.7 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
-echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training/final.safetensors"
+stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
+echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_zoom/final.safetensors"

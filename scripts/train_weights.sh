@@ -24,7 +24,11 @@ featherface average "$runs/v2_training/final.safetensors" "$runs/v2_training_lar
 stage v2_training_multibox model.weights="$runs/v2_average.safetensors"
 stage v2_training_long model.weights="$runs/v2_training_multibox/final.safetensors"
 featherface average "$runs/v2_average.safetensors" "$runs/v2_training_long/final.safetensors" \
-  --share 0.3 --share 0.7 -o "$runs/featherface_v2.safetensors"
+  --share 0.3 --share 0.7 -o "$runs/v2_average_long.safetensors"
+stage v2_training_wide model.weights="$runs/v2_training_long/final.safetensors"
+stage v2_training_zoom model.weights="$runs/v2_average_long.safetensors"
+featherface average "$runs/v2_training_zoom/final.safetensors" "$runs/v2_training_wide/final.safetensors" \
+  "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
 echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_zoom/final.safetensors"

@@ -102,17 +102,15 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in lines] + [""]
 
 
-def percent(entry: dict) -> str:
-    if entry["ap"] is None:
+def percent(entry: dict | None, sign: str = "") -> str:
+    if entry is None or entry["ap"] is None:
         return "-"
-    return f"{100 * entry['ap']:.1f} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
+    ap, low, high = (f"{100 * entry[key]:{sign}.1f}" for key in ("ap", "low", "high"))
+    return f"{ap} ({low} to {high})"
 
 
 def difference(entry: dict) -> str:
-    value = entry.get("difference")
-    if not value or value["ap"] is None:
-        return "-"
-    return f"{100 * value['ap']:+.1f} ({100 * value['low']:+.1f} to {100 * value['high']:+.1f})"
+    return percent(entry.get("difference"), "+")
 
 
 def write_readme(output: Path) -> None:

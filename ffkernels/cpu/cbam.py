@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..ops.cbam import Application
 from ..ops.conv_chain import nhwc
+from ..ops.library import compact
 from .conv import batch_norm_update
-from .op_plan import OpPlan, compact
+from .op_plan import OpPlan
 from .plan import At, Plan, cached
 
 PARAMETERS = 7

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops.conv_chain import PARAMETERS, Link, needs_raw, nhwc
+from ..ops.library import compact
 from . import planned_conv as convs
-from .op_plan import GRADIENTS, LinksPlan, compact
+from .op_plan import GRADIENTS, LinksPlan
 from .plan import At, Map, Plan, cached
 from .planned_conv import Conv, Operand
 

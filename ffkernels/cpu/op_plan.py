@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layout import memory_format
 from ..ops.conv_chain import BATCH_STATISTICS, PARAMETERS, Link, links_of, nhwc
+from ..ops.library import compact
 from .conv import empty_nhwc
 from .plan import At, Layout, Plan
 
@@ -148,7 +149,3 @@ class LinksPlan(OpPlan):
 
 def empty_like_nhwc(x: Tensor) -> Tensor:
     return empty_nhwc(x.shape, x)
-
-
-def compact(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in tensors if t is not None]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..ops.conv_chain import PARAMETERS, Link, nhwc
+from ..ops.library import compact
 from . import planned_conv as convs
 from .conv import ACTIVATIONS
 from .conv_chain import numbers_of
-from .op_plan import GRADIENTS, LinksPlan, compact
+from .op_plan import GRADIENTS, LinksPlan
 from .plan import At, Map, Plan, cached
 from .planned_conv import Conv, Operand
 

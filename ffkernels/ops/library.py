@@ -82,7 +82,12 @@ class Planned(torch.autograd.Function):
         return None, *ctx.plan.backward(grad, y, kept, tensors, ctx.needs_input_grad[1:])
 
 
+def compact(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tensors that are there."""
+    return [t for t in tensors if t is not None]
+
+
 def planned(plan: Any, tensors: Sequence[Tensor | None], record: bool) -> tuple[Tensor, Tensor]:
     """The output of a plan, and what it keeps."""
-    present = [t for t in tensors if t is not None]
+    present = compact(tensors)
     return Planned.apply(plan, *present) if record else plan.forward(*present)

@@ -21,8 +21,13 @@ def pytest_addoption(parser):
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every Nth test only (scripts/sanitize.sh)")
 
 
+LONGEST = ("test_cuda_emulation.py", "test_triton_interpreter.py")
+"""Files that run first, so that no worker of pytest-xdist is left alone with one at the end."""
+
+
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     left_out = [item for number, item in enumerate(items) if number % config.getoption("--every")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -18,8 +18,10 @@ from PIL import Image
 
 import featherface
 import ffkernels.engine
+from featherface.cli import main
 from featherface.data import Source
 from featherface.errors import CheckpointError, DataError, FeatherFaceError
+from featherface.files import sha256
 from featherface.models import save_weights
 from featherface.training import Config, Trainer, TrainingError, from_dict, override, train
 from featherface.training import run_folder as run_folder_module
@@ -167,6 +169,31 @@ def test_the_card_states_what_the_run_says(reference):
     assert "Not measured on any other data" in own and "## Speed\n\nNot measured." in own
     with pytest.raises(FeatherFaceError, match="no checkpoint"):
         model_card(reference[0].parent / "absent")
+
+
+def test_the_card_command(reference, tmp_path, capsys):
+    folder, weights = reference[0], reference[0] / "final.safetensors"
+    results = Path(__file__).parent.parent / "benchmarks" / "results" / "accuracy" / "featherface_v2"
+    report = json.loads((results / "wider_val_bench_vga640.json").read_text())
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(report | {"weights_sha256": sha256(weights)}))
+    speed, card = results / "speed.json", tmp_path / "card.md"
+    assert main(["card", str(folder), str(mine), str(speed), "--output", str(card)]) == 0
+    assert card.read_text() == model_card(
+        folder, {"wider_val_bench, vga640": json.loads(mine.read_text())}, speed=[json.loads(speed.read_text())]
+    )
+    assert main(["card", str(folder)]) == 0
+    assert capsys.readouterr().out == (folder / "model_card.md").read_text()
+    other = tmp_path / "other.json"
+    other.write_text("[1]")
+    for arguments, message in {
+        (folder, results / "wider_val_bench_vga640.json"): "measured with other weights",
+        (folder, other): "holds no result",
+        (folder, weights): "as JSON",
+        (tmp_path,): "no checkpoint",
+    }.items():
+        assert main(["card", *map(str, arguments)]) == 2
+        assert message in capsys.readouterr().err
 
 
 class Crash(Exception):

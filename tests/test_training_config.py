@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -131,3 +132,10 @@ def test_learning_rate_warms_up_and_falls_along_a_cosine():
     assert rates[10:] == sorted(rates[10:], reverse=True)
     schedule.warmup_epochs = 0
     assert learning_rate(0, 5, schedule, 1.0) == 1.0
+
+
+def test_the_committed_configurations_are_still_understood():
+    files = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*_training*/config.toml"))
+    assert len(files) >= 8
+    for file in files:
+        assert load_config(file).model.name in ("featherface_v2", "featherface_v2_ultra")

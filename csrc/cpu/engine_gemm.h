@@ -25,16 +25,20 @@ struct Epilogue {
 
 template <int M, int N, class Finish>
 FF_INLINE void finish_tile(V (&acc)[M][N], const Epilogue &e, Finish act) {
+  // Copies, because what is stored could be the fields themselves for all the compiler knows.
+  float *const out = e.out;
+  const int64_t stride = e.stride;
+  const int lanes = e.lanes;
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int n = 0; n < N; ++n) {
       const V y = act(acc[m][n]);
-      float *out = e.out + m * e.stride + n * L;
-      if (n < N - 1 || e.lanes == L)
-        y.store(out);
+      float *to = out + m * stride + n * L;
+      if (n < N - 1 || lanes == L)
+        y.store(to);
       else
-        y.store_first(out, e.lanes);
+        y.store_first(to, lanes);
     }
   }
 }

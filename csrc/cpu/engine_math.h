@@ -51,21 +51,26 @@ FF_INLINE V min_keep(V other, V value) {
 
 // 1 / (1 + e^-x), to about 2 ulp.
 FF_INLINE V sigmoid(V x) {
-#if defined(__AVX512F__)
-  // e^-x = 2^n 2^f with f from -0.5 to 0.5 and a minimax polynomial for 2^f. A division of 16 lanes takes as long as 16
-  // products: an estimate of the reciprocal and one step of Newton's method take four.
+#if defined(__AVX2__)
+  // e^-x = 2^n 2^f with f from -0.5 to 0.5 and a minimax polynomial for 2^f. A division takes as long as a product for
+  // each lane: an estimate of the reciprocal and one step of Newton's method take four.
   const V bounded = min_keep(V(87.0f), max_keep(V(-87.0f), x)), scale(-1.44269504f), magic(12582912.0f);
   const V n = fma(bounded, scale, magic) - magic;
-  const V f = _mm512_fmsub_ps(bounded.v, scale.v, n.v);
+  const V f = fma(bounded, scale, V::zero() - n);
   V p(1.3264724e-3f);
   p = fma(p, f, V(9.671513e-3f));
   p = fma(p, f, V(5.5507336e-2f));
   p = fma(p, f, V(2.4022242e-1f));
   p = fma(p, f, V(6.93147e-1f));
   p = fma(p, f, V(1.0f));
-  const V denominator = V(1.0f) + V(_mm512_scalef_ps(p.v, n.v));
-  const V guess = _mm512_rcp14_ps(denominator.v);
-  return guess * V(_mm512_fnmadd_ps(denominator.v, guess.v, V(2.0f).v));
+#if defined(__AVX512F__)
+  const V denominator = V(1.0f) + V(_mm512_scalef_ps(p.v, n.v)), guess = _mm512_rcp14_ps(denominator.v);
+#else
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+  const V denominator = V(1.0f) + V(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), power)));
+  const V guess = _mm256_rcp_ps(denominator.v);
+#endif
+  return guess * (V(2.0f) - denominator * guess);
 #else
   return V(1.0f) / (V(1.0f) + exp(V::zero() - x));
 #endif

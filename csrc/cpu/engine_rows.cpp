@@ -45,22 +45,33 @@ FF_INLINE void depthwise_tile(const float *const *rows, int64_t offset, int64_t 
   });
 }
 
+// Vectors of a row in a tile: with nine filter taps and an input they fill the registers.
+constexpr int kColumns = kRegisters == 32 ? 4 : 6;
+
+// The last `columns` < X vectors of a row.
+template <int SY, int SX, int R, int X>
+FF_INLINE void depthwise_rest(int columns, const float *const *rows, int64_t offset, int64_t unit, int64_t ahead,
+                              const V (&w)[9], V bias, float *out, int64_t out_row, int64_t out_column, int act,
+                              V slope) {
+  if constexpr (X > 1) {
+    if (columns == X - 1)
+      depthwise_tile<SY, SX, R, X - 1>(rows, offset, unit, ahead, w, bias, out, out_row, out_column, act, slope);
+    else
+      depthwise_rest<SY, SX, R, X - 1>(columns, rows, offset, unit, ahead, w, bias, out, out_row, out_column, act,
+                                       slope);
+  }
+}
+
 template <int SY, int SX, int R>
 FF_INLINE void depthwise_columns(int columns, const float *const *rows, int64_t offset, int64_t unit, int64_t ahead,
                                  const V (&w)[9], V bias, float *out, int64_t out_row, int64_t out_column, int act,
                                  V slope) {
   int x = 0;
-  for (; x + 4 <= columns; x += 4)
-    depthwise_tile<SY, SX, R, 4>(rows, offset + x * SX * unit, unit, ahead, w, bias, out + x * out_column, out_row,
-                                 out_column, act, slope);
-  const int64_t at = offset + x * SX * unit;
-  float *end = out + x * out_column;
-  if (columns - x == 3)
-    depthwise_tile<SY, SX, R, 3>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
-  else if (columns - x == 2)
-    depthwise_tile<SY, SX, R, 2>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
-  else if (columns - x == 1)
-    depthwise_tile<SY, SX, R, 1>(rows, at, unit, ahead, w, bias, end, out_row, out_column, act, slope);
+  for (; x + kColumns <= columns; x += kColumns)
+    depthwise_tile<SY, SX, R, kColumns>(rows, offset + x * SX * unit, unit, ahead, w, bias, out + x * out_column,
+                                        out_row, out_column, act, slope);
+  depthwise_rest<SY, SX, R, kColumns>(columns - x, rows, offset + x * SX * unit, unit, ahead, w, bias,
+                                      out + x * out_column, out_row, out_column, act, slope);
 }
 
 // `weights` is (vectors, 10, L): nine taps and the bias.
@@ -113,6 +124,14 @@ void split_float(const float *row, int64_t width, float *even, float *odd) {
     const __m512 low = _mm512_loadu_ps(row + 2 * i), high = _mm512_loadu_ps(row + 2 * i + L);
     _mm512_storeu_ps(even + i, _mm512_permutex2var_ps(low, evens, high));
     _mm512_storeu_ps(odd + i, _mm512_permutex2var_ps(low, odds, high));
+  }
+#elif defined(__AVX2__)
+  for (; i + L <= width / 2; i += L) {
+    const __m256 first = _mm256_loadu_ps(row + 2 * i), second = _mm256_loadu_ps(row + 2 * i + L);
+    const __m256 low = _mm256_permute2f128_ps(first, second, 0x20);
+    const __m256 high = _mm256_permute2f128_ps(first, second, 0x31);
+    _mm256_storeu_ps(even + i, _mm256_shuffle_ps(low, high, 0x88));
+    _mm256_storeu_ps(odd + i, _mm256_shuffle_ps(low, high, 0xdd));
   }
 #endif
   for (; i < width / 2; ++i) {
@@ -250,6 +269,16 @@ void interleave(const float *in, int64_t pixels, float *out, int64_t cs) {
     }
     return;
   }
+#elif defined(__AVX2__)
+  for (int64_t x = 0; x < pixels; x += 4, in += 4, out += 4 * cs) {
+    __m128 r[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) r[i] = _mm_loadu_ps(in + i * kStemVectors * L);
+    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm_storeu_ps(out + i * cs, r[i]);
+  }
+  return;
 #endif
   for (int64_t x = 0; x < pixels; ++x)
     for (int o = 0; o < kStemChannels; ++o) out[x * cs + o] = in[o * kStemVectors * L + x];

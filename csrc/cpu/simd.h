@@ -34,6 +34,14 @@ struct NativeVector<double> {
   typedef double Unaligned __attribute__((vector_size(FF_VECTOR_BYTES), aligned(8), may_alias));
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// All bits of the first n of eight 32-bit lanes.
+FF_INLINE __m256i mask_of_first(int n) {
+  alignas(64) static constexpr int32_t kMask[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(kMask + 8 - n));
+}
+#endif
+
 // FF_VECTOR_BYTES / sizeof(T) lanes of T, T = float or double. Loads and stores need no alignment. a * b + c contracts
 // to one FMA where the instruction set has it.
 template <class T>
@@ -57,6 +65,9 @@ struct Vec {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return Native(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
     if constexpr (sizeof(T) == 8) return Native(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return Native(_mm256_maskload_ps(p, mask_of_first(n)));
+    if constexpr (sizeof(T) == 8) return Native(_mm256_maskload_pd(p, mask_of_first(2 * n)));
 #endif
     Native value{};
     std::memcpy(&value, p, n * sizeof(T));
@@ -66,6 +77,9 @@ struct Vec {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) return _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v);
     if constexpr (sizeof(T) == 8) return _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return _mm256_maskstore_ps(p, mask_of_first(n), v);
+    if constexpr (sizeof(T) == 8) return _mm256_maskstore_pd(p, mask_of_first(2 * n), v);
 #endif
     std::memcpy(p, &v, n * sizeof(T));
   }

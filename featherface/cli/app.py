@@ -14,6 +14,7 @@ from ffkernels import FusedKernelRequired
 from ..errors import FeatherFaceError
 from .average import average
 from .benchmark import benchmark
+from .card import card
 from .demo import demo
 from .detect import detect
 from .evaluate import evaluate
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (detect, demo, train, average, evaluate, export, info, benchmark):
+for command in (detect, demo, train, average, card, evaluate, export, info, benchmark):
     app.command()(command)
 
 

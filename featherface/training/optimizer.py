@@ -19,9 +19,9 @@ def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimi
         (decayed if parameter.dim() > 1 and "dynamic_gate" not in name else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
-    fused = next(network.parameters()).is_cuda
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=fused)
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
 
 
 def learning_rate(step: int, steps_per_epoch: int, schedule: Schedule, largest: float) -> float:

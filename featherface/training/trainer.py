@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -90,6 +91,7 @@ def train(
             return trainer.run(stop_after)
         finally:
             trainer.close()
+            del trainer  # and with it what holds the group of processes
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,8 @@ def _distributed(config: Config) -> Iterator[World]:
     try:
         yield World(rank, size, device)
     finally:
+        # Threads of the group end with the last module that holds it; one that outlives the interpreter aborts it.
+        gc.collect()
         dist.destroy_process_group()
 
 

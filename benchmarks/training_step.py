@@ -261,7 +261,8 @@ def main() -> None:
             "rounds": arguments.rounds,
             "evaluation": arguments.evaluation,
         }
-        runs = json.loads(arguments.output.read_text())["runs"] if arguments.append else []
+        kept = arguments.append and arguments.output.exists()
+        runs = json.loads(arguments.output.read_text())["runs"] if kept else []
         runs.append({"setting": setting, "rows": rows, "ops": report, "machine": info()})
         with atomic_write(arguments.output) as path:
             path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")

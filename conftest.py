@@ -22,12 +22,13 @@ def pytest_addoption(parser):
 
 
 LONGEST = ("test_cuda_emulation.py", "test_triton_interpreter.py")
-"""Files that run first, so that no worker of pytest-xdist is left alone with one at the end."""
+"""Files that workers of pytest-xdist run first, so that none is left alone with one at the end."""
 
 
 @pytest.hookimpl(trylast=True)  # of what -k and -m leave
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONGEST)
     left_out = [item for number, item in enumerate(items) if number % config.getoption("--every")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)

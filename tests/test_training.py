@@ -186,8 +186,11 @@ def test_the_card_command(reference, tmp_path, capsys):
     assert capsys.readouterr().out == (folder / "model_card.md").read_text()
     other = tmp_path / "other.json"
     other.write_text("[1]")
+    foreign = tmp_path / "foreign.json"
+    foreign.write_text(json.dumps(report | {"weights": None, "weights_sha256": None}))
     for arguments, message in {
         (folder, results / "wider_val_bench_vga640.json"): "measured with other weights",
+        (folder, foreign): "does not say which",
         (folder, other): "holds no result",
         (folder, weights): "as JSON",
         (tmp_path,): "no checkpoint",

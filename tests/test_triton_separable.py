@@ -54,7 +54,7 @@ def test_one_kernel_gives_the_reference(gpu, dtype, case, launched):
 
 @pytest.mark.parametrize("case", ["stride 2, odd", "groups that share a tile"])
 @pytest.mark.parametrize("gpu,dtype", DTYPES)
-def test_it_gives_what_two_kernels_give(gpu, dtype, case, launched, monkeypatch):
+def test_it_has_the_bits_of_two_kernels(gpu, dtype, case, launched, monkeypatch):
     channels, layers, size = CASES[case]
     torch.manual_seed(2)
     x, units = convert((tensor(2, channels, *size), make_units(channels, layers, "eval")), dtype, gpu.device)
@@ -63,8 +63,11 @@ def test_it_gives_what_two_kernels_give(gpu, dtype, case, launched, monkeypatch)
         monkeypatch.setattr(conv_chain, "fits", lambda depthwise, pointwise: False)
         two = ffkernels.conv_chain(x, units, policy=gpu.policy)
     assert launched == ["separable_kernel", "depthwise_kernel", "conv_kernel"]
-    # Not to the last bit: in the interpreter products are NumPy's, whose order depends on the shape of a tile.
-    torch.testing.assert_close(one, two)
+    if gpu.device == "cpu" and dtype == torch.float32:
+        # The interpreter's products are NumPy's, which adds in an order that depends on the processor and the tile.
+        torch.testing.assert_close(one, two)
+    else:
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize("gpu,dtype", [p for p in DTYPES if p.values[1] != torch.bfloat16])

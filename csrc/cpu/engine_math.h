@@ -56,7 +56,7 @@ FF_INLINE V sigmoid(V x) {
   // each lane: an estimate of the reciprocal and one step of Newton's method take four.
   const V bounded = min_keep(V(87.0f), max_keep(V(-87.0f), x)), scale(-1.44269504f), magic(12582912.0f);
   const V n = fma(bounded, scale, magic) - magic;
-  const V f = fma(bounded, scale, V::zero() - n);
+  const V f = fma(bounded, scale, -n.v);
   V p(1.3264724e-3f);
   p = fma(p, f, V(9.671513e-3f));
   p = fma(p, f, V(5.5507336e-2f));
@@ -70,7 +70,7 @@ FF_INLINE V sigmoid(V x) {
   const V denominator = V(1.0f) + V(_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), power)));
   const V guess = _mm256_rcp_ps(denominator.v);
 #endif
-  return guess * (V(2.0f) - denominator * guess);
+  return guess * fma(-denominator.v, guess, V(2.0f));
 #else
   return V(1.0f) / (V(1.0f) + exp(V::zero() - x));
 #endif

@@ -72,6 +72,5 @@ def _check_weights(report: dict[str, Any], weights: Path, file: Path) -> None:
         raise FeatherFaceError(f"{weights} is not a file; --weights names the file that {file} was measured with")
     if report["weights_sha256"] != sha256(weights):
         raise FeatherFaceError(
-            f"{file} was measured with other weights ({report['weights']}, SHA-256 {report['weights_sha256'][:12]}) "
-            f"than {weights}"
+            f"{file} was measured with other weights ({report['weights'] or 'it does not say which'}) than {weights}"
         )

@@ -28,6 +28,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = ["-march=skylake-avx512", "-mprefer-vector-width=512"]
+GCC_105593 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+"""GCC 12 warns of its own header of intrinsics (bug 105593)."""
 INSTRUCTION_SETS = {
     "generic": [],
     **(
@@ -41,10 +43,13 @@ INSTRUCTION_SETS = {
         else {}
     ),
 }
+BFLOAT16 = {"-mavx512bf16", "-mamx-tile", "-mamx-bf16"}
+BFLOAT16_MACROS = re.compile("__AVX512BF16__|__AMX_")
 CXXFLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
 CXXFLAGS += ["-Wall", "-Wextra", "-Wno-psabi"]
 NVCCFLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-CUDA_ARCHS = {12: ("75", "80", "86", "89", "90"), 13: ("75", "80", "86", "89", "90", "100", "120")}
+CUDA_ARCHS = {12: ("75", "80", "90"), 13: ("75", "80", "90", "100", "120")}
+"""By version of the toolkit. Code for 8.0 also runs on 8.6 and 8.9."""
 
 
 def choice(name: str, allowed: tuple[str, ...]) -> str:
@@ -101,6 +106,13 @@ def compiles(cxx: list[str], flags: list[str], source: str, link: bool = False) 
         path.write_text(source)
         end = ["-o", str(Path(folder, "probe"))] if link else ["-fsyntax-only"]
         return run([*cxx, *flags, str(path), *end]).returncode == 0
+
+
+def uses_bfloat16(source: Path) -> bool:
+    """Whether a source, or a header it includes, asks for what the flags of BFLOAT16 switch on."""
+    text = source.read_text()
+    headers = (source.parent / name for name in re.findall(r'#include "([\w/]+\.h)"', text))
+    return bool(BFLOAT16_MACROS.search(text)) or any(uses_bfloat16(h) for h in headers if h.exists())
 
 
 class Cuda:
@@ -249,10 +261,12 @@ class BuildNative(build_ext):
         if not OPENMP or not compiles(cxx, openmp, "#include <omp.h>\nint main() { return 0; }", True):
             openmp = []
         threads = openmp or ["-pthread"]
+        quiet = GCC_105593 if compiles(cxx, ["-Werror", *GCC_105593], "int main() { return 0; }") else []
         linux = [] if sys.platform == "darwin" else ["-Wl,-z,defs", "-Wl,--as-needed"]
         shared = ["-shared", *threads, *extra, *linux]
         sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
         wanted, built, skipped = wanted_instruction_sets(), {}, {}
+        compiled: dict[tuple[str, ...], Path] = {}
         for isa, isa_flags in INSTRUCTION_SETS.items():
             if isa not in wanted:
                 skipped[isa] = f"not in FF_INSTRUCTION_SETS={os.environ['FF_INSTRUCTION_SETS']}"
@@ -261,11 +275,16 @@ class BuildNative(build_ext):
                 skipped[isa] = f"{cxx[0]} does not know {' '.join(isa_flags)}"
                 continue
             built[isa] = isa_flags
+            warnings = quiet if AVX512[0] in isa_flags else []
             (work / isa).mkdir(exist_ok=True)
-            objects = [
-                ninja.compile([*cxx, *flags, *openmp, *isa_flags], s, work / isa / f"{s.stem}.o", f"{s.name} [{isa}]")
-                for s in sources
-            ]
+            objects = []
+            for s in sources:
+                source_flags = isa_flags if uses_bfloat16(s) else [f for f in isa_flags if f not in BFLOAT16]
+                key = (s.name, *source_flags)
+                if key not in compiled:
+                    command = [*cxx, *flags, *openmp, *source_flags, *warnings]
+                    compiled[key] = ninja.compile(command, s, work / isa / f"{s.stem}.o", f"{s.name} [{isa}]")
+                objects.append(compiled[key])
             library = package / "lib" / f"libffcpu_{isa}.so"
             ninja.link(cxx, objects, library, [*shared, "-lm"], library.name)
 

@@ -11,7 +11,7 @@ from layers import randomize
 from featherface import create_model, list_models, weights
 from featherface.errors import CheckpointError
 from featherface.models import load_weights, save_weights, transfer_weights
-from featherface.models.checkpoint import load_backbone, read_tensors, shared_names
+from featherface.models.checkpoint import load_backbone, read_metadata, read_tensors, shared_names
 from featherface.models.registry import identify
 from featherface.models.ultra import INNOVATIONS
 
@@ -75,6 +75,14 @@ def test_options_are_noted_and_followed(tmp_path):
     assert other.innovations == ("multiscale",) and same(other, model)
     with pytest.raises(CheckpointError, match=r"it lacks dynamic_gate.weight, dynamic_gate.bias"):
         create_model("featherface_v2_ultra", weights=path, innovations=("dynamic",))
+
+
+def test_the_same_weights_make_the_same_bytes(v2, tmp_path):
+    notes = {f"note {i}": f"{i}, \u00e9" for i in range(20)}
+    save_weights(v2, tmp_path / "a.safetensors", notes)
+    save_weights(v2, tmp_path / "b.safetensors", dict(reversed(notes.items())))
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert read_metadata(tmp_path / "a.safetensors").items() >= notes.items()
 
 
 def test_v2_has_no_shared_tensors(v2, tmp_path):

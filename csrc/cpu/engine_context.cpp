@@ -23,19 +23,21 @@ void clear_margins(float *row, int64_t channels, int64_t plane, int64_t width) {
 template <int O, int X>
 void planar_tile(const float *const (&rows)[3], int64_t channels, int64_t plane, const float *w, const float *bias,
                  int act, V slope, float *const *out) {
-  V acc[O][X];
+  V acc[O][X], total[O][X];
 #pragma GCC unroll 4
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 5
-    for (int i = 0; i < X; ++i) acc[o][i] = V(bias[o]);
-  V total[O][X];
+    for (int i = 0; i < X; ++i) {
+      acc[o][i] = V(bias[o]);
+      total[o][i] = V::zero();
+    }
   for (int64_t c = 0; c < channels; ++c) {
     if (c > 0 && c % kRunChannels == 0) {
 #pragma GCC unroll 4
       for (int o = 0; o < O; ++o)
 #pragma GCC unroll 5
         for (int i = 0; i < X; ++i) {
-          total[o][i] = c > kRunChannels ? total[o][i] + acc[o][i] : acc[o][i];
+          total[o][i] += acc[o][i];
           acc[o][i] = V::zero();
         }
     }

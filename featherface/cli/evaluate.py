@@ -107,7 +107,7 @@ def evaluate(
         detector = FaceDetector(weights, model, device, fused=fused, threads=threads, dtype=dtype)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-            task = bar.add_task("images", total=None)
+            task = bar.add_task("images", total=None, visible=False)
             report = run(
                 detector,
                 data,
@@ -119,7 +119,7 @@ def evaluate(
                 score_threshold=score,
                 nms_threshold=nms,
                 multiple=multiple,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             )
     if not quiet:
         report.print()

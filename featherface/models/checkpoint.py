@@ -176,7 +176,8 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: Mapping[st
     """Writes the state_dict of ``model``: ``.safetensors``, with each shared tensor once, or ``.pth``.
 
     A ``.safetensors`` file also holds ``metadata``, the model's name as ``model`` and its options, in JSON, as
-    ``options``: :func:`featherface.create_model` follows them. The file is complete or not there at all.
+    ``options``: :func:`featherface.create_model` follows them. The same model and metadata make the same bytes.
+    The file is complete or not there at all.
 
     Raises:
         CheckpointError: the suffix is neither ``.safetensors`` nor ``.pth`` or ``.pt``, or the file cannot be written.
@@ -192,11 +193,21 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: Mapping[st
                 noted = {"format": "pt", **(metadata or {})}
                 if name := getattr(model, "name", None):
                     noted |= {"model": name, "options": json.dumps(dict(model.options))}
-                safetensors.torch.save_file(unique, temporary, noted)
+                temporary.write_bytes(_in_order(safetensors.torch.save(unique, noted)))
             else:
                 torch.save(state, temporary)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes it in an order of its own each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def listed(names: Iterable[str], limit: int = 3) -> str:

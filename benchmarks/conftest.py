@@ -1,6 +1,11 @@
 """Every saved benchmark says where it ran: processor, threads, versions, build, revision."""
 
+import torch
+
 from ffkernels.info import info
+
+# In float32 both sides compute in float32.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

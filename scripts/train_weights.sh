@@ -31,4 +31,5 @@ featherface average "$runs/v2_training_zoom/final.safetensors" "$runs/v2_trainin
   "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
-echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_zoom/final.safetensors"
+stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.safetensors"
+echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_sizes/final.safetensors"

@@ -6,6 +6,9 @@ import torch
 
 import ffkernels.cuda
 
+# References are float32 where they say so.
+torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
 if emulation := os.environ.get("FF_TEST_CUDA_EMULATION"):
     # test_cuda_emulation.py starts such processes. What torch.empty returns is NaN, so that unwritten outputs show.
     ffkernels.cuda.emulate(emulation)

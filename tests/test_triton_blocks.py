@@ -40,6 +40,13 @@ def test_defaults_follow_capability_and_element_size():
     assert {since for kind in blocks.DEFAULTS.values() for since, _, _ in kind} <= {0, 80, 90, 100}
 
 
+@pytest.mark.parametrize("rows", [1, 1024, 1025, 65535 * 1024, 65535 * 1024 + 1, 2**31 - 1])
+def test_splits_cover_the_rows_and_fit_a_grid(rows):
+    count, each = blocks.splits_of(rows)
+    assert count <= 65535 and each % blocks.SPLIT == 0
+    assert (count - 1) * each < rows <= count * each
+
+
 @pytest.mark.parametrize("kind", blocks.DEFAULTS)
 @pytest.mark.parametrize("capability", [0, 75, 80, 120])
 def test_a_small_layer_takes_a_small_block(kind, capability, monkeypatch):

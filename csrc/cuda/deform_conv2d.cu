@@ -256,7 +256,8 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float samples[kDepth][kRows + 1];
   const int tap = blockIdx.y % s.taps(), first = blockIdx.y / s.taps() * kDepth, first_out = blockIdx.z * kRows;
   float sum[kDown][kRows / kAcross] = {};
-  for (int row = blockIdx.x * kRows; row < s.rows(); row += gridDim.x * kRows) {
+  for (int64_t start = blockIdx.x * kRows; start < s.rows(); start += gridDim.x * kRows) {
+    const int row = static_cast<int>(start);
     __syncthreads();
     locate(s, offset, mask, row, tap, places);
     __syncthreads();

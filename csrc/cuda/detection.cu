@@ -356,7 +356,7 @@ void select_best(const T *scores, int64_t stride, const T *boxes, int64_t count,
   }
 }
 
-constexpr int64_t kMostCandidates = int64_t(1) << 30;
+constexpr int64_t kMostCandidates = int64_t(1) << 29;
 
 }  // namespace
 

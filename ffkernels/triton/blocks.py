@@ -68,7 +68,16 @@ DEFAULTS: dict[str, list[tuple[int, int, Block]]] = {
 float32 products keep whole rows and columns of a block in registers: blocks are as small as it takes not to spill."""
 
 SPLIT = 1024
-"""Most pixels that one program of a weight gradient sums; the sums of the programs are added by another kernel."""
+"""Pixels that one program of a weight gradient sums; the sums of the programs are added by another kernel."""
+
+MOST_SPLITS = 65535
+"""Of CUDA's grids, along their last axis."""
+
+
+def splits_of(rows: int) -> tuple[int, int]:
+    """Programs of a weight gradient over ``rows`` pixels, and pixels of each: a multiple of :data:`SPLIT`."""
+    each = SPLIT * max(1, -(-rows // (SPLIT * MOST_SPLITS)))
+    return -(-rows // each), each
 
 
 @functools.cache

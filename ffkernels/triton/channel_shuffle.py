@@ -3,6 +3,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import on_device
+
 BLOCK = 1024
 
 
@@ -30,7 +32,8 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     total = x.numel()
     if total:
         inner = x.shape[2] * x.shape[3] if x.is_contiguous() else 1
-        channel_shuffle_kernel[(triton.cdiv(total, BLOCK),)](
-            x, y, total, x.shape[1], inner, groups, BLOCK=BLOCK, enable_fp_fusion=False
-        )
+        with on_device(x):
+            channel_shuffle_kernel[(triton.cdiv(total, BLOCK),)](
+                x, y, total, x.shape[1], inner, groups, BLOCK=BLOCK, enable_fp_fusion=False
+            )
     return y

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm import Affine, Source, Sums, join_statistics, join_sums
-from .blocks import SPLIT, Block, block, power_of_two
+from .blocks import SPLIT, Block, block, power_of_two, splits_of
 from .common import (
     activate,
     activation_gradient,
@@ -883,7 +883,7 @@ def conv_input_gradient(
 def conv_weight_gradient(output: Output, weight: Tensor, geometry: Geometry, source: Source) -> Tensor:
     rows, groups, kernel = pixels(output.grad), geometry.groups, weight.shape[2]
     constants = {"KERNEL": kernel, "STRIDE": geometry.stride, "PADDING": geometry.padding}
-    splits = triton.cdiv(rows, SPLIT)
+    splits, each = splits_of(rows)
     if is_depthwise(weight, geometry):
         size = block("depthwise", weight, groups)
         chosen, grid = depthwise_weight_gradient_kernel, (splits, triton.cdiv(groups, size.columns))
@@ -905,7 +905,7 @@ def conv_weight_gradient(output: Output, weight: Tensor, geometry: Geometry, sou
         *source_arguments(source),
         partial,
         rows,
-        SPLIT,
+        each,
         *source.x.shape[2:],
         *output.grad.shape[2:],
         groups,

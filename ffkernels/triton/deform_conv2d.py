@@ -15,7 +15,7 @@ from ..cpu.conv_chain import link_gradients
 from ..fixed_point import scatter_sum
 from ..ops.conv_chain import Link, nhwc
 from .batch_norm import Source, apply, given_statistics, join_statistics, reduce
-from .blocks import SPLIT, block, power_of_two
+from .blocks import SPLIT, block, power_of_two, splits_of
 from .common import dot, empty_nhwc, gradient_before, launch, on_device, pixel, pixels
 from .conv import Output, join, store_output
 from .conv_chain import affine_of
@@ -422,13 +422,13 @@ def _weight_gradient(behind: Output, x: Tensor, offset: Tensor, mask: Tensor, li
     rows, taps = pixels(offset), mask.shape[1]
     size = block("deform", x, channels, SPLIT)
     output_rows = min(size.rows, power_of_two(outputs))
-    splits = triton.cdiv(rows, SPLIT)
+    splits, each = splits_of(rows)
     partial = torch.empty((splits, *link.weight.shape), dtype=torch.float32, device=x.device)
     launch(
         deform_weight_gradient_kernel,
         (taps * triton.cdiv(channels, size.columns), triton.cdiv(outputs, output_rows), splits),
         *behind.arguments(),
-        *(x, offset, mask, partial, rows, SPLIT),
+        *(x, offset, mask, partial, rows, each),
         *x.shape[2:],
         *offset.shape[2:],
         channels,

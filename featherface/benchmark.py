@@ -447,7 +447,8 @@ def _protocol(setup: Setup, seconds: float) -> dict[str, Any]:
         f"counts, for {seconds:g} s and at least {MIN_ROUNDS} rounds per case",
         "warm_up": WARM_UP,
         "statistic": "median, 10th and 90th percentile of the rounds, milliseconds",
-        "equality": f"outputs within {TOLERANCE[setup.device.type]:g} ({LOW_PRECISION_TOLERANCE:g} in 16 bits) of PyTorch eager's largest",
+        "equality": f"outputs within {TOLERANCE[setup.device.type]:g} ({LOW_PRECISION_TOLERANCE:g} in 16 bits) "
+        "of PyTorch eager's largest",
     }
 
 

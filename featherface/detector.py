@@ -365,7 +365,7 @@ class FaceDetector:
         if canvas[0] * canvas[1] > MAX_PIXELS:
             raise ImageError(
                 f"an input of {canvas[1]}x{canvas[0]} pixels would need too much memory; "
-                "scale the image (size, --size: 1280, say) or cut it into tiles (tile, --tile: 1024)"
+                "scale the image (size=1280 or --size 1280, say) or cut it into tiles (tile=1024 or --tile 1024)"
             )
         whole = View((0, 0, height, width), size, (border, border), canvas, (False,) * 4)
         return [*views, whole]

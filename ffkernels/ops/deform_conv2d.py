@@ -245,7 +245,7 @@ def deform_conv2d(
     checks.activation(OP, activation)
     record = checks.needs_grad(x, offset, mask, conv, bn)
     x, offset, mask = (checks.autocast_input(t) for t in (x, offset, mask))
-    if torch.is_autocast_enabled(x.device.type):
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
         offset, mask = offset.to(x.dtype), mask.to(x.dtype)
     same = x.dtype == offset.dtype == mask.dtype
     backend = registry.select(OP, x, policy or call_policy(), record, same_dtype=same, square=kh == kw)

@@ -29,22 +29,28 @@ class Predictions(NamedTuple):
 
 def predict(model: FeatherFace, x: Tensor) -> Predictions:
     """What ``model(x, logits=True)`` returns, with the maps that its heads read."""
+    return Predictions(*_outputs(model, x))
+
+
+def _outputs(model: FeatherFace, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     features = model.forward_features(x)
-    return Predictions(*multi_head(features, model.heads(), False, policy=model.ff_policy), tuple(features))
+    return (*multi_head(features, model.heads(), False, policy=model.ff_policy), tuple(features))
 
 
 class Network(nn.Module):
-    """The student and, where features are distilled, the adapters to the teacher's channels."""
+    """The student and, where features are distilled, the adapters to the teacher's channels.
+
+    It returns the fields of :class:`Predictions` as a plain tuple: torch.compile of PyTorch 2.11 fails on a named one.
+    """
 
     def __init__(self, student: FeatherFace, adapters: FeatureAdapters | None = None) -> None:
         super().__init__()
         self.student = student
         self.adapters = adapters
 
-    def forward(self, x: Tensor) -> Predictions:
-        predictions = predict(self.student, x)
-        features = () if self.adapters is None else tuple(self.adapters(predictions.features))
-        return predictions._replace(features=features)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        bbox, cls, landmarks, features = _outputs(self.student, x)
+        return bbox, cls, landmarks, () if self.adapters is None else tuple(self.adapters(features))
 
 
 class Teacher:

@@ -29,7 +29,7 @@ from ffkernels.engine import build as build_engine
 
 from .config import Config, from_dict
 from .curves import draw_curves
-from .network import Network, Teacher, check_anchors, set_prior
+from .network import Network, Predictions, Teacher, check_anchors, set_prior
 from .optimizer import WeightAverage, build_optimizer, learning_rate
 from .progress import Display
 from .run_folder import RunFolder, Table, TrainingError, differences, git_revision
@@ -455,7 +455,7 @@ class Trainer:
             images = images.contiguous(memory_format=torch.channels_last)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.amp)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-            student = self.model(images)
+            student = Predictions(*self.model(images))
             teacher = self.teacher(batch, images) if self.teacher else None
         size = images.shape[-1]
         priors = self.priors[size]

@@ -74,6 +74,7 @@ namespace py = pybind11;
   X(ff_cuda_nms)                            \
   X(ff_cuda_detect)                         \
   X(ff_cuda_preprocess)                     \
+  X(ff_cuda_crop_resize)                    \
   X(ff_cuda_batch_norm_coefficients)        \
   X(ff_cuda_batch_norm_workspace)           \
   X(ff_cuda_batch_norm_statistics)          \

@@ -82,6 +82,14 @@ FF_EXPORT int ff_cuda_preprocess(const void *image, int64_t batch_stride, int64_
                                  int64_t canvas_width, int64_t top, int64_t left, int flip, double mean0, double mean1,
                                  double mean2, int in_dtype, int out_dtype, void *stream);
 
+// Views (count, 16) of photographs (height, width, 3) uint8 that lie one after the other at `pixels` -> out (images, 3,
+// size, size) uint8. A view's numbers: offset of the photograph and its width; x, y, width, height of the part that is
+// seen, and of where that part stands in a square, before mirroring; mirrored or not; resized with the triangle filter
+// widened by the reduction or not; image, left, top and side of the square. What of the square the part does not cover
+// is fill0..2.
+FF_EXPORT int ff_cuda_crop_resize(const void *pixels, const int64_t *views, int64_t count, int64_t largest_side,
+                                  void *out, int64_t size, int fill0, int fill1, int fill2, void *stream);
+
 // Batch normalisation around convolutions. Tensors are NHWC. `stats` is (4, channels): mean, biased variance, scale and
 // shift, with y = (z - mean) * scale + shift. `sums` is (2, channels) in double: of g and of g * (z - mean), g being
 // the gradient of the batch normalisation's output. Activations are applied to y, or to z where stats is NULL; slope is

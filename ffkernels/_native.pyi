@@ -696,6 +696,18 @@ def ff_cuda_preprocess(
     out_dtype: int,
     stream: int,
 ) -> int: ...
+def ff_cuda_crop_resize(
+    pixels: int,
+    views: int,
+    count: int,
+    largest_side: int,
+    out: int,
+    size: int,
+    fill0: int,
+    fill1: int,
+    fill2: int,
+    stream: int,
+) -> int: ...
 def ff_cuda_batch_norm_coefficients(
     mean: int, var: int, weight: int, bias: int, eps: float, channels: int, stats: int, dtype: int, stream: int
 ) -> int: ...

@@ -38,6 +38,7 @@ SANITIZED = {
     "deform_conv2d_gpu": 2,
     "detection_gpu": 2,
     "preprocess_gpu": 2,
+    "crop_resize_gpu": 1,
     "channel_shuffle": 4,
 }
 """Every how many tests of an op one runs under each sanitizer, which makes a test ten to a hundred times slower."""
@@ -45,6 +46,7 @@ ONE_BACKEND = {
     "test_cuda_tensor_cores": "cuda",
     "test_detection_gpu": "cuda",
     "test_preprocess_gpu": "cuda",
+    "test_crop_resize_gpu": "cuda",
     "test_triton_separable": "triton",
 }
 """Files of which only one backend has tests."""

@@ -23,6 +23,7 @@ OPS = [
     "cbam_gpu",
     "channel_shuffle",
     "conv_chain_gpu",
+    "crop_resize_gpu",
     "cuda_tensor_cores",
     "deform_conv2d_gpu",
     "detection_gpu",

@@ -13,6 +13,7 @@ from featherface.data.augment import (
     FILL,
     Faces,
     Look,
+    Placed,
     View,
     blur,
     crop,
@@ -22,6 +23,7 @@ from featherface.data.augment import (
     join_quarters,
     view_faces,
 )
+from featherface.data.store import PixelStore
 from ffkernels.ops.preprocess import MEAN
 
 NOTHING = np.empty((0, 4))
@@ -31,6 +33,13 @@ PLAIN = Augmentation(mirror=0, distort=0, grey=0, blur=0, jpeg=0)
 def plain_view(source, target, mirror=False, **changes):
     view = View(source, target, mirror, True, np.eye(3), 0.0, 0.0, 0.0)
     return view._replace(**changes)
+
+
+def seen_in(pixels, view, size):
+    """The view of one photograph, (3, size, size)."""
+    sizes, scales = np.array([pixels.shape[:2]]), np.ones((1, 2))
+    store = PixelStore(pixels.flatten(), np.zeros(1, np.int64), sizes, scales, {})
+    return crop(store, [Placed(0, view, 0, 0, 0, size)], 1, size)[0]
 
 
 def test_the_numbers_of_a_view_depend_on_seed_epoch_and_image_alone():
@@ -53,8 +62,7 @@ def test_faces_stay_where_their_pixels_are(scale, mirror):
     pixels = torch.from_numpy(np.array(image))
     for index in range(6):
         view = draw_view(generator(7, 0, index), 150, 120, box, config, 96)
-        out = torch.empty(3, 96, 96, dtype=torch.uint8)
-        crop(pixels, view, out)
+        out = seen_in(pixels, view, 96)
         faces = view_faces(view, box, eyes[None], NOTHING, 96, 0.0)
         assert len(faces.boxes) == 1 and len(faces.ignored) == 0
         x1, y1, x2, y2 = (faces.boxes[0] * 96).tolist()
@@ -77,8 +85,7 @@ def test_crops_hold_a_face_and_zoom_out_shows_the_mean():
     for index in range(20):
         view = draw_view(generator(0, 0, index), 200, 160, box, config, 64)
         assert len(view_faces(view, box, np.full((1, 5, 2), np.nan), NOTHING, 64, 0.0).boxes) == 1
-        out = torch.empty(3, 64, 64, dtype=torch.uint8)
-        crop(pixels, view, out)
+        out = seen_in(pixels, view, 64)
         zoomed = view.target[2:] != (64, 64)
         kinds.add(zoomed)
         colours = {tuple(colour) for colour in out.flatten(1).T.tolist()}
@@ -127,7 +134,7 @@ def test_extreme_photographs_have_views(size):
     width, height = size
     for index in range(20):
         view = draw_view(generator(0, 0, index), width, height, NOTHING, Augmentation(), 32)
-        crop(torch.zeros(height, width, 3, dtype=torch.uint8), view, torch.empty(3, 32, 32, dtype=torch.uint8))
+        assert seen_in(torch.zeros(height, width, 3, dtype=torch.uint8), view, 32).shape == (3, 32, 32)
         assert min(view.source[2:]) >= 1 and min(view.target[2:]) >= 1
         assert view.source[0] + view.source[2] <= width and view.source[1] + view.source[3] <= height
         assert view.target[0] + view.target[2] <= 32 and view.target[1] + view.target[3] <= 32

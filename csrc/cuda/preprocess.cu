@@ -1,6 +1,7 @@
 // From an 8-bit image to the network's input. A thread computes the three channels of one output pixel; neighbouring
 // threads read neighbouring pixels, and write neighbouring elements of each plane.
 #include "common.cuh"
+#include "resize.cuh"
 
 namespace {
 
@@ -13,29 +14,6 @@ struct Image {
 
 struct Canvas {
   int height, width, resized_height, resized_width, top, left;
-};
-
-// Taps of the triangle filter along one axis, around output i. The centre is kept as a whole pixel and a fraction, so
-// that float32 weights are exact to their last bits at any image size.
-struct Taps {
-  int base, first, last;
-  float offset, support, total;
-
-  __device__ Taps(int i, int source, int target) {
-    const int64_t numerator = (2 * int64_t(i) + 1) * source, denominator = 2 * int64_t(target);
-    base = static_cast<int>(numerator / denominator);
-    offset = static_cast<float>(numerator % denominator) / static_cast<float>(denominator);
-    support = source > target ? static_cast<float>(source) / static_cast<float>(target) : 1.0f;
-    first = max(0, base + static_cast<int>(floorf(offset - support - 0.5f)));
-    last = min(source - 1, base + static_cast<int>(ceilf(offset + support - 0.5f)));
-    total = 0;
-    for (int k = first; k <= last; ++k) total += weight(k);
-  }
-
-  __device__ float weight(int k) const {
-    const float distance = fabsf(static_cast<float>(k - base) + 0.5f - offset);
-    return distance < support ? 1.0f - distance / support : 0.0f;
-  }
 };
 
 // image: (batch, height, width, 3) -> out: (batch, 3, canvas.height, canvas.width).
@@ -53,7 +31,7 @@ __global__ void __launch_bounds__(kWidth *kHeight)
       return ff::to_float(source[i * shape.row_stride + j * shape.pixel_stride + c * shape.channel_stride]);
     };
     if (kResize) {
-      const Taps rows(row, shape.height, canvas.resized_height), columns(column, shape.width, canvas.resized_width);
+      const ff::Taps rows(row, shape.height, canvas.resized_height), columns(column, shape.width, canvas.resized_width);
       for (int i = rows.first; i <= rows.last; ++i) {
         float line[3] = {0, 0, 0};
         for (int j = columns.first; j <= columns.last; ++j) {

@@ -7,17 +7,21 @@ be resumed exactly; its pixels are computed in batches, on the device where they
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import conv2d, pad
 
+from ffkernels import Policy
+from ffkernels.ops.crop_resize import crop_resize
 from ffkernels.ops.preprocess import MEAN
 
 from .jpeg import jpeg
+from .store import PixelStore
 
 FILL = tuple(round(value) for value in MEAN[::-1])
 """Red, green, blue outside the photograph: the networks' mean, which they see as zero."""
@@ -104,6 +108,17 @@ class View(NamedTuple):
         x, y, width, height = self.target
         x = size - x - width if self.mirror else x
         return x, y, x + width, y + height
+
+
+class Placed(NamedTuple):
+    """A view of photograph ``index`` in a square of an image, in pixels."""
+
+    index: int
+    view: View
+    image: int
+    left: int
+    top: int
+    side: int
 
 
 class Faces(NamedTuple):
@@ -276,37 +291,32 @@ def _move(view: View, xy: np.ndarray, size: int) -> np.ndarray:
     return xy.reshape(len(xy), 2 * xy.shape[1])
 
 
-def crop(image: Tensor, view: View, out: Tensor) -> None:
-    """Writes the geometry of a view: the part of the photograph, resized, mirrored, on the mean colour.
+def crop(store: PixelStore, views: Sequence[Placed], images: int, size: int) -> Tensor:
+    """The geometry of views: parts of photographs, resized, mirrored, on the mean colour.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
-        out: (3, S, S) uint8, overwritten.
+        views: each with its place in one of ``images`` images of ``size`` pixels.
+
+    Returns:
+        (images, 3, size, size) uint8 RGB, where the photographs' pixels are.
     """
-    x, y, width, height = view.source
-    u, v, target_width, target_height = view.target
-    part = image[y : y + height, x : x + width].permute(2, 0, 1)[None]
-    if part.device.type == "cpu":
-        # PyTorch's resize of channels-last uint8 is several times faster than that of float.
-        part = part.contiguous(memory_format=torch.channels_last)
-    else:
-        part = part.float()
-    if (height, width) != (target_height, target_width):
-        part = interpolate(part, (target_height, target_width), mode="bilinear", antialias=not view.aliased)
-        if part.dtype != torch.uint8:
-            part = part.round().clamp_(0, 255)
-    if view.mirror:
-        u = out.shape[2] - u - target_width
-    if (target_height, target_width) != out.shape[1:]:
-        out.copy_(torch.tensor(FILL, dtype=torch.uint8).view(3, 1, 1).to(out.device))
-    window = out[:, v : v + target_height, u : u + target_width]
-    if not view.mirror:
-        window.copy_(part[0])
-    elif out.device.type == "cpu":
-        # NumPy copies a reversed view at once; torch.flip is ten times slower on channels-last uint8.
-        window.numpy()[...] = part[0].numpy()[..., ::-1]
-    else:
-        window.copy_(part[0].flip(2))
+    rows = [
+        (
+            int(store.offsets[index]),
+            int(store.sizes[index, 1]),
+            *view.source,
+            *view.target,
+            view.mirror,
+            not view.aliased,
+            image,
+            left,
+            top,
+            side,
+        )
+        for index, view, image, left, top, side in views
+    ]
+    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 16)
+    return crop_resize(store.pixels, table, images, size, FILL, policy=Policy("1"))
 
 
 class Look(NamedTuple):

@@ -14,7 +14,19 @@ from torch import Tensor
 
 from featherface.losses.targets import Targets
 
-from .augment import Augmentation, Faces, Look, View, crop, develop, draw_view, generator, join_quarters, view_faces
+from .augment import (
+    Augmentation,
+    Faces,
+    Look,
+    Placed,
+    View,
+    crop,
+    develop,
+    draw_view,
+    generator,
+    join_quarters,
+    view_faces,
+)
 from .dataset import FaceData
 
 
@@ -129,19 +141,22 @@ class Loader:
 
     def prepare(self, indices: np.ndarray, size: int, epoch: int) -> _Undeveloped | Batch:
         """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours."""
-        store = self.data.store
-        pixels = torch.empty(len(indices), 3, size, size, dtype=torch.uint8, device=store.pixels.device)
+        placed: list[Placed] = []
         views, windows, faces = [], [], []
-        for index, out in zip(indices.tolist(), pixels):
+        for image, index in enumerate(indices.tolist()):
             drawn = generator(self.seed, epoch % self.views if self.views else epoch, index)
             if self.augmentation.mosaic and drawn.random() < self.augmentation.mosaic:
-                view, own, seen = self._mosaic(index, drawn, out)
+                quarters, own, seen = self._mosaic(index, drawn, image, size)
+                view = quarters[0].view
+                placed += quarters
             else:
-                view, seen = self._view(index, drawn, out)
+                view, seen = self._view(index, drawn, size)
                 own = [view.window(size)]
+                placed.append(Placed(index, view, image, 0, 0, size))
             views.append(view)
             windows.append(own)
             faces.append(seen)
+        pixels = crop(self.data.store, placed, len(indices), size)
         targets = Targets.build(
             [f.boxes for f in faces],
             [f.landmarks for f in faces],
@@ -155,34 +170,33 @@ class Loader:
             batch = batch._replace(pixels=pixels.pin_memory(), targets=targets.pin_memory())
         return batch
 
-    def _view(self, index: int, drawn: np.random.Generator, out: Tensor) -> tuple[View, Faces]:
-        """Draws a view of an image and writes it to ``out``, (3, S, S)."""
-        data, size, augmentation = self.data, out.shape[2], self.augmentation
+    def _view(self, index: int, drawn: np.random.Generator, size: int) -> tuple[View, Faces]:
+        """Draws a view of an image, ``size`` pixels wide and high."""
+        data, augmentation = self.data, self.augmentation
         height, width = data.store.sizes[index].tolist()
         boxes = data.boxes[index]
         view = draw_view(drawn, width, height, boxes, augmentation, size)
-        crop(data.store.image(index), view, out)
         return view, view_faces(view, boxes, data.landmarks[index], data.ignored[index], size, augmentation.min_face)
 
     def _mosaic(
-        self, index: int, drawn: np.random.Generator, out: Tensor
-    ) -> tuple[View, list[tuple[int, int, int, int]], Faces]:
-        """Writes four views to ``out``, of an image and of three others with annotations if it has them, else without.
+        self, index: int, drawn: np.random.Generator, image: int, size: int
+    ) -> tuple[list[Placed], list[tuple[int, int, int, int]], Faces]:
+        """Draws four views, of an image and of three others with annotations if it has them, else without.
 
         Returns:
-            The first view, where the four photographs stand, and the faces.
+            The views, where the four photographs stand, and the faces.
         """
         others = self._annotated if self.data.records[index].annotation is not None else self._unannotated
-        half = out.shape[2] // 2
+        half = size // 2
         corners = [(0, 0), (half, 0), (0, half), (half, half)]
-        views, windows, faces = [], [], []
+        placed, windows, faces = [], [], []
         for chosen, (x, y) in zip([index, *drawn.choice(others, 3).tolist()], corners):
-            view, seen = self._view(chosen, drawn, out[:, y : y + half, x : x + half])
+            view, seen = self._view(chosen, drawn, half)
             x1, y1, x2, y2 = view.window(half)
-            views.append(view)
+            placed.append(Placed(chosen, view, image, x, y, half))
             windows.append((x + x1, y + y1, x + x2, y + y2))
             faces.append(seen)
-        return views[0], windows, join_quarters(faces)
+        return placed, windows, join_quarters(faces)
 
     def _finish(self, batch: _Undeveloped | Batch) -> Batch:
         if isinstance(batch, Batch):

@@ -4,6 +4,7 @@ from .bifpn_node import bifpn_node
 from .cbam import cbam
 from .channel_shuffle import channel_shuffle
 from .conv_chain import conv_chain
+from .crop_resize import crop_resize
 from .deform_conv2d import deform_conv2d
 from .depthwise_separable import depthwise_separable
 from .detection import decode, detect, nms
@@ -17,6 +18,7 @@ __all__ = [
     "cbam",
     "channel_shuffle",
     "conv_chain",
+    "crop_resize",
     "decode",
     "deform_conv2d",
     "depthwise_separable",

@@ -17,6 +17,7 @@ from featherface.data.augment import (
     View,
     blur,
     crop,
+    crop_table,
     develop,
     draw_view,
     generator,
@@ -39,7 +40,7 @@ def seen_in(pixels, view, size):
     """The view of one photograph, (3, size, size)."""
     sizes, scales = np.array([pixels.shape[:2]]), np.ones((1, 2))
     store = PixelStore(pixels.flatten(), np.zeros(1, np.int64), sizes, scales, {})
-    return crop(store, [Placed(0, view, 0, 0, 0, size)], 1, size)[0]
+    return crop(store.pixels, crop_table(store, [Placed(0, view, 0, 0, 0, size)]), 1, size)[0]
 
 
 def test_the_numbers_of_a_view_depend_on_seed_epoch_and_image_alone():

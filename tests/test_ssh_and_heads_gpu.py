@@ -124,6 +124,13 @@ def test_heads_float32(gpu, channels, hidden, anchors, training, softmax):
     )
 
 
+@pytest.mark.parametrize("gpu", HEADS)
+def test_heads_of_large_maps(gpu):
+    torch.manual_seed(4)
+    features, heads = (tensor(2, 4, 41, 43), tensor(2, 4, 20, 22)), (head(4, None, 2), head(4, None, 2))
+    compare_kernel(heads_of(gpu, False), heads_reference, (features, heads), device=gpu.device)
+
+
 @pytest.mark.parametrize("gpu,dtype", HEADS_HALVES)
 def test_heads_half_precision(gpu, dtype):
     torch.manual_seed(5)

@@ -291,15 +291,8 @@ def _move(view: View, xy: np.ndarray, size: int) -> np.ndarray:
     return xy.reshape(len(xy), 2 * xy.shape[1])
 
 
-def crop(store: PixelStore, views: Sequence[Placed], images: int, size: int) -> Tensor:
-    """The geometry of views: parts of photographs, resized, mirrored, on the mean colour.
-
-    Args:
-        views: each with its place in one of ``images`` images of ``size`` pixels.
-
-    Returns:
-        (images, 3, size, size) uint8 RGB, where the photographs' pixels are.
-    """
+def crop_table(store: PixelStore, views: Sequence[Placed]) -> Tensor:
+    """The views as :func:`ffkernels.ops.crop_resize.crop_resize` takes them, (V, 16) int64."""
     rows = [
         (
             int(store.offsets[index]),
@@ -315,8 +308,21 @@ def crop(store: PixelStore, views: Sequence[Placed], images: int, size: int) -> 
         )
         for index, view, image, left, top, side in views
     ]
-    table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 16)
-    return crop_resize(store.pixels, table, images, size, FILL, policy=Policy("1"))
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 16)
+
+
+def crop(pixels: Tensor, table: Tensor, images: int, size: int) -> Tensor:
+    """The geometry of views: parts of photographs, resized, mirrored, on the mean colour.
+
+    Args:
+        pixels: of a :class:`PixelStore`.
+        table: from :func:`crop_table`: views in squares of ``images`` images of ``size`` pixels.
+
+    Returns:
+        (images, 3, size, size) uint8 RGB, where the pixels are.
+    """
+    policy = Policy("0" if pixels.device.type == "cpu" else "1")
+    return crop_resize(pixels, table, images, size, FILL, policy=policy)
 
 
 class Look(NamedTuple):

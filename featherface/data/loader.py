@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +19,7 @@ from .augment import (
     Placed,
     View,
     crop,
+    crop_table,
     develop,
     draw_view,
     generator,
@@ -28,6 +27,7 @@ from .augment import (
     view_faces,
 )
 from .dataset import FaceData
+from .workers import Processes, in_threads
 
 
 class Batch(NamedTuple):
@@ -43,6 +43,15 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Targets
     indices: np.ndarray
+    epoch: int
+
+
+class _Drawn(NamedTuple):
+    table: Tensor
+    look: Look
+    targets: Targets
+    indices: np.ndarray
+    size: int
     epoch: int
 
 
@@ -85,8 +94,8 @@ class Loader:
         batch_size: views in a batch of this process.
         seed: of order and views.
         device: where batches are wanted. With the data set's pixels on a GPU, views are made there.
-        workers: threads that prepare batches ahead; 0 prepares them when they are asked for. The batches do not depend
-            on it.
+        workers: threads that prepare batches ahead, or, with the data set's pixels on a GPU, processes that draw what
+            they show; 0 prepares them when they are asked for. The batches do not depend on it.
         views: 0 draws new views in every epoch; n draws the same views again after n epochs.
         rank, world_size: of this process among those that train together; each gets its own part of every batch.
         multiple: the number of batches in an epoch is a multiple of this.
@@ -113,6 +122,7 @@ class Loader:
         self.device, self.workers, self.views = torch.device(device), workers, views
         self.rank, self.world_size = rank, world_size
         self.wait_seconds = 0.0
+        self._processes: Processes | None = None
         self._source = np.array([data.records[index].source for index in data.train], np.int64)
         annotated = np.array([data.records[index].annotation is not None for index in data.train], bool)
         self._annotated, self._unannotated = data.train[annotated], data.train[~annotated]
@@ -141,6 +151,10 @@ class Loader:
 
     def prepare(self, indices: np.ndarray, size: int, epoch: int) -> _Undeveloped | Batch:
         """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours."""
+        return self._crop(self.draw(indices, size, epoch))
+
+    def draw(self, indices: np.ndarray, size: int, epoch: int) -> _Drawn:
+        """What the views of some images are, without their pixels."""
         placed: list[Placed] = []
         views, windows, faces = [], [], []
         for image, index in enumerate(indices.tolist()):
@@ -156,18 +170,21 @@ class Loader:
             views.append(view)
             windows.append(own)
             faces.append(seen)
-        pixels = crop(self.data.store, placed, len(indices), size)
         targets = Targets.build(
             [f.boxes for f in faces],
             [f.landmarks for f in faces],
             [f.ignored for f in faces],
             [self.data.records[index].annotation is not None for index in indices],
         )
-        batch = _Undeveloped(pixels, Look.of(views, windows), targets, indices, epoch)
+        return _Drawn(crop_table(self.data.store, placed), Look.of(views, windows), targets, indices, size, epoch)
+
+    def _crop(self, drawn: _Drawn) -> _Undeveloped | Batch:
+        pixels = crop(self.data.store.pixels, drawn.table, len(drawn.indices), drawn.size)
+        batch = _Undeveloped(pixels, drawn.look, drawn.targets, drawn.indices, drawn.epoch)
         if self.device.type == "cpu":
             return self._finish(batch)
         if pixels.device.type == "cpu":
-            batch = batch._replace(pixels=pixels.pin_memory(), targets=targets.pin_memory())
+            batch = batch._replace(pixels=pixels.pin_memory(), targets=batch.targets.pin_memory())
         return batch
 
     def _view(self, index: int, drawn: np.random.Generator, size: int) -> tuple[View, Faces]:
@@ -205,15 +222,16 @@ class Loader:
         return Batch(images, batch.targets.to(self.device, non_blocking=True), batch.indices, batch.epoch)
 
     def _ahead(self, batches: list[tuple[np.ndarray, int]], epoch: int) -> Iterator[_Undeveloped | Batch]:
-        with ThreadPoolExecutor(self.workers, "featherface-loader") as pool:
-            pending: deque[Future] = deque()
-            try:
-                for indices, size in batches:
-                    pending.append(pool.submit(self.prepare, indices, size, epoch))
-                    if len(pending) > 2 * self.workers:
-                        yield pending.popleft().result()
-                while pending:
-                    yield pending.popleft().result()
-            finally:
-                for future in pending:
-                    future.cancel()
+        calls = [(indices, size, epoch) for indices, size in batches]
+        if self.data.store.pixels.device.type == "cpu":
+            return in_threads(self.prepare, calls, self.workers)
+        # What is left to do on a CPU is Python's own work, which threads would do one at a time.
+        if self._processes is None:
+            self._processes = Processes(self.draw, self.workers)
+        return map(self._crop, self._processes.map(calls))
+
+    def close(self) -> None:
+        """Ends the processes that draw views."""
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None

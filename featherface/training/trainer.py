@@ -155,6 +155,7 @@ class Trainer:
         self.folder: RunFolder | None = None
         self.display: Display | None = None
         self.board: Any = None
+        self.loader: Loader | None = None
         self.path = Path(folder)
         if world.first:
             self.folder = RunFolder(folder)
@@ -165,6 +166,8 @@ class Trainer:
             raise
 
     def close(self) -> None:
+        if self.loader is not None:
+            self.loader.close()
         if self.display is not None:
             self.display.close()
         if self.board is not None:

@@ -42,8 +42,8 @@ def pointer(tensor: Tensor | None) -> int:
 
 
 def empty_nhwc(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An NHWC tensor of float32 or float64; a large one lies in a kept buffer (csrc/buffers.h)."""
-    if math.prod(shape) < LARGE:
+    """An NHWC tensor of float32 or float64; a large one on the CPU lies in a kept buffer (csrc/buffers.h)."""
+    if math.prod(shape) < LARGE or not like.is_cpu:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     native, _ = module()
     return torch.from_dlpack(native.buffer_nhwc(*shape, like.itemsize))

@@ -78,14 +78,20 @@ __global__ void __launch_bounds__(kLanes *kRows)
   partial[int64_t(blockIdx.x) * channels + c] = sum;
 }
 
+// Every row of a block adds every kRows-th slice.
 template <class T>
-__global__ void statistics_kernel(const Moments *__restrict__ partial, int slices, int channels,
-                                  const T *__restrict__ weight, const T *__restrict__ bias, float eps,
-                                  float *__restrict__ stats) {
-  const int c = blockIdx.x * kThreads + threadIdx.x;
-  if (c >= channels) return;
+__global__ void __launch_bounds__(kLanes *kRows)
+    statistics_kernel(const Moments *__restrict__ partial, int slices, int channels, const T *__restrict__ weight,
+                      const T *__restrict__ bias, float eps, float *__restrict__ stats) {
+  __shared__ Moments rows[kRows][kLanes];
+  const int c = blockIdx.x * kLanes + threadIdx.x;
   Moments all{0, 0, 0};
-  for (int slice = 0; slice < slices; ++slice) all.add(partial[int64_t(slice) * channels + c]);
+  if (c < channels)
+    for (int slice = threadIdx.y; slice < slices; slice += kRows) all.add(partial[int64_t(slice) * channels + c]);
+  rows[threadIdx.y][threadIdx.x] = all;
+  __syncthreads();
+  if (threadIdx.y != 0 || c >= channels) return;
+  for (int row = 1; row < kRows; ++row) all.add(rows[row][threadIdx.x]);
   write_coefficients(stats, channels, c, static_cast<float>(all.mean), static_cast<float>(all.squares / all.count),
                      weight == nullptr ? 1.0f : ff::to_float(weight[c]), bias == nullptr ? 0.0f : ff::to_float(bias[c]),
                      eps);
@@ -131,12 +137,17 @@ __global__ void __launch_bounds__(kLanes *kRows)
   partial[(int64_t(blockIdx.x) * 2 + threadIdx.y) * channels + c] = total;
 }
 
-__global__ void sum_slices_kernel(const double *__restrict__ partial, int slices, int values,
-                                  double *__restrict__ sums) {
-  const int i = blockIdx.x * kThreads + threadIdx.x;
-  if (i >= values) return;
+__global__ void __launch_bounds__(kLanes *kRows)
+    sum_slices_kernel(const double *__restrict__ partial, int slices, int values, double *__restrict__ sums) {
+  __shared__ double rows[kRows][kLanes];
+  const int i = blockIdx.x * kLanes + threadIdx.x;
   double total = 0;
-  for (int slice = 0; slice < slices; ++slice) total += partial[int64_t(slice) * values + i];
+  if (i < values)
+    for (int slice = threadIdx.y; slice < slices; slice += kRows) total += partial[int64_t(slice) * values + i];
+  rows[threadIdx.y][threadIdx.x] = total;
+  __syncthreads();
+  if (threadIdx.y != 0 || i >= values) return;
+  for (int row = 1; row < kRows; ++row) total += rows[row][threadIdx.x];
   sums[i] = total;
 }
 
@@ -219,7 +230,7 @@ extern "C" int ff_cuda_batch_norm_statistics(const void *z, const void *weight, 
     using T = decltype(zero);
     moments_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(static_cast<const T *>(z),
                                                                                        pixels, count, partial);
-    statistics_kernel<T><<<ff::blocks_for(channels, kThreads, INT32_MAX), kThreads, 0, s>>>(
+    statistics_kernel<T><<<ff::blocks_for(channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
         partial, static_cast<int>(slices_for(pixels)), count, static_cast<const T *>(weight),
         static_cast<const T *>(bias), static_cast<float>(eps), static_cast<float *>(stats));
     return cudaGetLastError();
@@ -254,7 +265,7 @@ extern "C" int ff_cuda_batch_norm_reduce(const void *grad, const void *z, const 
     using T = decltype(zero);
     reduce_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(
         static_cast<const T *>(grad), static_cast<const T *>(z), norm, pixels, partial);
-    sum_slices_kernel<<<ff::blocks_for(2 * channels, kThreads, INT32_MAX), kThreads, 0, s>>>(
+    sum_slices_kernel<<<ff::blocks_for(2 * channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
         partial, static_cast<int>(slices_for(pixels)), static_cast<int>(2 * channels), sums);
     return cudaGetLastError();
   });

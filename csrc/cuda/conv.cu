@@ -6,8 +6,7 @@
 // of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes 16 bytes of
 // neighbouring channels of four pixels in a row.
 //
-// In half precision, without groups and from 8 channels on both sides on, tensor cores serve a general convolution:
-// conv_mma.cu.
+// Without groups and from 8 channels on both sides on, a general convolution is a product of matrices: conv_mma.cu.
 #include "conv.cuh"
 #include "slices.cuh"
 
@@ -18,6 +17,7 @@ constexpr int kChunk = 8;  // input channels in shared memory at a time, output 
 constexpr int kSharedBytes = 46 << 10;
 constexpr int kLanes = 32, kRows = 8, kThreads = 256;
 constexpr int kAcross = 4;  // pixels of a depthwise thread
+constexpr int kPiece = 32;  // pixels of a line that a thread of a depthwise weight gradient takes at a time
 constexpr int kMostKernel = 7;
 constexpr int64_t kMostSlices = 256;
 
@@ -281,46 +281,70 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<Pack *>(grad_x + pixel * p.channels + c) = values;
 }
 
-// The second launch bound: without it the compiler spills a register or two to reach a higher occupancy.
-// partial: (slices, channels, k, k). A block takes kLanes channels, one slice of the output's pixels, and all taps of a
-// 3x3 kernel or (K = 0) the one tap blockIdx.z.
-template <class T, int K>
+// partial: (slices, channels, k, k), of a depthwise convolution. A block takes `span` channels (a power of two up to
+// kLanes), one slice of the output's pixels, and all taps of a 3x3 kernel or (K = 0) the one tap blockIdx.z. Its
+// threads walk along pieces of lines; of a 3x3 kernel they keep the values under it (S: the stride, 0 for any).
+template <class T, int K, int S>
 __global__ void __launch_bounds__(kLanes *kRows, 3)
-    depthwise_weight_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
-                                     float *__restrict__ partial) {
+    depthwise_weight_gradient_kernel(Pass p, int span, const T *__restrict__ grad, const T *__restrict__ x,
+                                     ff::Norm in_norm, float *__restrict__ partial) {
   constexpr int kSide = K > 0 ? K : 1;
   __shared__ float rows[kRows][kLanes];
-  const int k = K > 0 ? K : p.kernel, c = blockIdx.y * kLanes + threadIdx.x;
+  const int k = K > 0 ? K : p.kernel, stride = S > 0 ? S : p.stride;
+  const int own = threadIdx.x % span, c = blockIdx.y * span + own, walkers = kLanes / span * kRows;
   const int first_y = K > 0 ? 0 : blockIdx.z / k, first_x = K > 0 ? 0 : blockIdx.z % k;
-  float sum[kSide * kSide];
-#pragma unroll
-  for (int tap = 0; tap < kSide * kSide; ++tap) sum[tap] = 0;
-  const int64_t pixels = int64_t(p.batch) * p.out_height * p.out_width;
-  if (c < p.channels)
+  float sum[kSide][kSide] = {};
+  const int pieces = (p.out_width + kPiece - 1) / kPiece;
+  const int64_t all = int64_t(p.batch) * p.out_height * pieces;
+  if (c < p.channels) {
+    const ff::NormPack<1> apply(in_norm, c);
 #pragma unroll 1
-    for (int64_t i = blockIdx.x * kRows + threadIdx.y; i < pixels; i += int64_t(gridDim.x) * kRows) {
-      const float g = ff::to_float(grad[i * p.channels + c]);
-      const int left = static_cast<int>(i % p.out_width) * p.stride - p.padding + first_x;
-      const int top = static_cast<int>(i / p.out_width % p.out_height) * p.stride - p.padding + first_y;
-      const int64_t image = i / p.out_width / p.out_height;
+    for (int64_t i = int64_t(blockIdx.x) * walkers + threadIdx.y * (kLanes / span) + threadIdx.x / span; i < all;
+         i += int64_t(gridDim.x) * walkers) {
+      const int begin = static_cast<int>(i % pieces) * kPiece, end = min(begin + kPiece, p.out_width);
+      const int64_t line = i / pieces, image = line / p.out_height;
+      const int top = static_cast<int>(line % p.out_height) * stride - p.padding + first_y;
+      const T *gradients = grad + line * p.out_width * p.channels + c;
+      const T *inputs = x + (image * p.height + top) * p.width * p.channels + c;
+      const auto value = [&](int ky, int column) {
+        float v[1] = {0};
+        if (top + ky >= 0 && top + ky < p.height && column >= 0 && column < p.width) {
+          v[0] = ff::to_float(inputs[(int64_t(ky) * p.width + column) * p.channels]);
+          apply.apply(v);
+        }
+        return v[0];
+      };
+      constexpr int kKept = S > 0 && S < kSide ? kSide - S : 0;  // columns that the next pixel sees too
+      float seen[kSide][kSide];
 #pragma unroll
       for (int ky = 0; ky < kSide; ++ky)
 #pragma unroll
-        for (int kx = 0; kx < kSide; ++kx) {
-          const int row = top + ky, column = left + kx;
-          if (row >= 0 && row < p.height && column >= 0 && column < p.width)
-            sum[ky * kSide + kx] +=
-                g * in_norm(ff::to_float(x[((image * p.height + row) * p.width + column) * p.channels + c]), c);
+        for (int kx = 0; kx < kKept; ++kx)
+          seen[ky][kx + kSide - kKept] = value(ky, begin * stride - p.padding + first_x + kx);
+#pragma unroll 1
+      for (int column = begin; column < end; ++column) {
+        const float g = ff::to_float(gradients[int64_t(column) * p.channels]);
+#pragma unroll
+        for (int ky = 0; ky < kSide; ++ky) {
+#pragma unroll
+          for (int kx = 0; kx < kKept; ++kx) seen[ky][kx] = seen[ky][kx + kSide - kKept];
+#pragma unroll
+          for (int kx = kKept; kx < kSide; ++kx) seen[ky][kx] = value(ky, column * stride - p.padding + first_x + kx);
+#pragma unroll
+          for (int kx = 0; kx < kSide; ++kx) sum[ky][kx] += g * seen[ky][kx];
         }
+      }
     }
+  }
 #pragma unroll
   for (int tap = 0; tap < kSide * kSide; ++tap) {
     __syncthreads();
-    rows[threadIdx.y][threadIdx.x] = sum[tap];
+    rows[threadIdx.y][threadIdx.x] = sum[tap / kSide][tap % kSide];
     __syncthreads();
-    if (threadIdx.y == 0 && c < p.channels) {
+    if (threadIdx.y == 0 && threadIdx.x < span && c < p.channels) {
       float total = 0;
-      for (int row = 0; row < kRows; ++row) total += rows[row][threadIdx.x];
+      for (int row = 0; row < kRows; ++row)
+        for (int lane = own; lane < kLanes; lane += span) total += rows[row][lane];
       const int ky = first_y + tap / kSide, kx = first_x + tap % kSide;
       partial[((int64_t(blockIdx.x) * p.channels + c) * k + ky) * k + kx] = total;
     }
@@ -384,8 +408,8 @@ int launch_conv(Pass p, const T *x, ff::Norm in_norm, const T *weight, const T *
 template <class T>
 int run_conv(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm,
              const T *gate, ff::Norm gate_norm, T *z, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2)
-    if (ff::tensor_cores(p)) return ff::mma_conv(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
+  if (ff::as_product(p, sizeof(T)))
+    return ff::product_conv(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   if (p.group_out() <= 4) return launch_conv<T, 4>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   if (p.group_out() <= 8) return launch_conv<T, 8>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
   return launch_conv<T, 16>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
@@ -479,8 +503,8 @@ extern "C" int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t
                                                           int64_t stride, int64_t padding, int64_t groups) {
   const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
   if (batch == 0 || !valid(p)) return 0;
-  const int64_t slices = weight_slices(p), of_mma = ff::tensor_cores(p) ? ff::mma_weight_slices(p) : 0;
-  return (slices > of_mma ? slices : of_mma) * weight_count(p) * int64_t(sizeof(float));
+  const int64_t slices = weight_slices(p), of_product = ff::as_product(p, 4) ? ff::product_weight_slices(p) : 0;
+  return (slices > of_product ? slices : of_product) * weight_count(p) * int64_t(sizeof(float));
 }
 
 extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
@@ -499,7 +523,9 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
   const ff::Norm in = ff::make_norm(x_stats, channels, x_activation, x_slope);
   const int64_t slices = weight_slices(p), weights = weight_count(p);
   const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(parts));
-  const dim3 columns(static_cast<unsigned>(slices), static_cast<unsigned>(ff::ceil_div(channels, kLanes)));
+  int span = 1;
+  while (span < channels && span < kLanes) span *= 2;
+  const dim3 columns(static_cast<unsigned>(slices), static_cast<unsigned>(ff::ceil_div(channels, span)));
   const dim3 taps(columns.x, columns.y, static_cast<unsigned>(kernel * kernel));
   const dim3 block(kLanes, kRows);
   float *partial = static_cast<float *>(workspace);
@@ -507,16 +533,17 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
   return ff::dispatch(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const T *g = static_cast<const T *>(grad), *input = static_cast<const T *>(x);
-    if constexpr (sizeof(T) == 2)
-      if (ff::tensor_cores(p)) {
-        const int code = ff::mma_weight_gradient(p, g, input, in, partial, s);
-        if (code != FF_OK) return code;
-        return ff::sum_slices(partial, ff::mma_weight_slices(p), weights, static_cast<T *>(grad_weight), s);
-      }
-    if (depthwise(p) && p.kernel == 3)
-      depthwise_weight_gradient_kernel<T, 3><<<columns, block, 0, s>>>(p, g, input, in, partial);
+    if (ff::as_product(p, sizeof(T))) {
+      const int code = ff::product_weight_gradient(p, g, input, in, partial, s);
+      if (code != FF_OK) return code;
+      return ff::sum_slices(partial, ff::product_weight_slices(p), weights, static_cast<T *>(grad_weight), s);
+    }
+    if (depthwise(p) && p.kernel == 3 && p.stride == 1)
+      depthwise_weight_gradient_kernel<T, 3, 1><<<columns, block, 0, s>>>(p, span, g, input, in, partial);
+    else if (depthwise(p) && p.kernel == 3 && p.stride == 2)
+      depthwise_weight_gradient_kernel<T, 3, 2><<<columns, block, 0, s>>>(p, span, g, input, in, partial);
     else if (depthwise(p))
-      depthwise_weight_gradient_kernel<T, 0><<<taps, block, 0, s>>>(p, g, input, in, partial);
+      depthwise_weight_gradient_kernel<T, 0, 0><<<taps, block, 0, s>>>(p, span, g, input, in, partial);
     else if (p.kernel == 1)
       weight_gradient_kernel<T, 1><<<grid, kPixels, bytes, s>>>(p, g, input, in, partial);
     else if (p.kernel == 3)

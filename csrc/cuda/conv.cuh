@@ -1,4 +1,4 @@
-// One pass of a convolution, and the passes that tensor cores serve.
+// One pass of a convolution, and the passes that are products of matrices.
 #ifndef FF_CUDA_CONV_CUH
 #define FF_CUDA_CONV_CUH
 
@@ -19,15 +19,16 @@ struct Pass {
   __host__ __device__ int64_t pixels() const { return int64_t(batch) * out_height * out_width; }
 };
 
-// conv_mma.cu, for T of 16 bits: whether tensor cores serve the pass here, and what conv.cu does otherwise.
-bool tensor_cores(const Pass &p);
+// conv_mma.cu: whether a pass on tensors of so many bytes a value runs there, and what conv.cu does otherwise.
+bool as_product(const Pass &p, int bytes);
 template <class T>
-int mma_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *bias, Norm out_norm, const T *gate,
-             Norm gate_norm, T *z, cudaStream_t stream);
+int product_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *bias, Norm out_norm, const T *gate,
+                 Norm gate_norm, T *z, cudaStream_t stream);
 // p is the forward pass; partial: (slices, out_channels, channels, k, k).
-int mma_weight_slices(const Pass &p);
+int product_weight_slices(const Pass &p);
 template <class T>
-int mma_weight_gradient(const Pass &p, const T *grad, const T *x, Norm in_norm, float *partial, cudaStream_t stream);
+int product_weight_gradient(const Pass &p, const T *grad, const T *x, Norm in_norm, float *partial,
+                            cudaStream_t stream);
 
 }  // namespace ff
 

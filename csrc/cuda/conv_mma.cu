@@ -1,8 +1,9 @@
-// Convolutions of NHWC tensors in half precision on tensor cores, sums in float32. A pass is a product of matrices,
+// Dense convolutions of NHWC tensors as products of matrices, sums in float32: of half precision on tensor cores, of
+// float32 by FMAs. A pass is a product of matrices,
 // pixels x input channels times input channels x output channels, added up over the taps of the kernel; the gradient of
 // the weights is one of output channels x pixels times pixels x input channels for every tap. The input is normalised
-// and activated as it is brought to shared memory, rounded once to half precision, and normalised, activated or gated
-// results are rounded as they are stored.
+// and activated as it is brought to shared memory, rounded once to the tensors' precision, and normalised, activated or
+// gated results are rounded as they are stored.
 //
 // All sums have a fixed order: the same input on the same kind of device gives the same bits.
 #include <algorithm>
@@ -21,11 +22,12 @@ constexpr int kSumPadding = 8;  // floats between rows of sums: no bank conflict
 // A block's tile: down x across warps.
 struct Tiling {
   int down, across;
-  int depth;  // input channels in shared memory at a time
+  int depth;    // input channels in shared memory at a time
+  int padding;  // kMmaPadding
 
   __host__ __device__ int rows() const { return down * ff::kWarpTile; }
   __host__ __device__ int columns() const { return across * ff::kWarpTile; }
-  __host__ __device__ int pitch() const { return depth + ff::kMmaPadding; }
+  __host__ __device__ int pitch() const { return depth + padding; }
   __host__ __device__ int sum_pitch() const { return columns() + kSumPadding; }
   int threads() const { return 32 * down * across; }
 };
@@ -35,10 +37,10 @@ struct Packs {
   int x, weight, z;
 };
 
-template <class F>
+template <class T, class F>
 __device__ __forceinline__ void with_packs(int pack, F function) {
-  if (pack == 8)
-    function(std::integral_constant<int, 8>{});
+  if (pack == ff::kWide<T>)
+    function(std::integral_constant<int, ff::kWide<T>>{});
   else if (pack == 2)
     function(std::integral_constant<int, 2>{});
   else
@@ -162,7 +164,7 @@ __global__ void __launch_bounds__(kMostThreads)
     product_kernel(ff::Pass p, Tiling tiling, Packs packs, const T *__restrict__ x, ff::Norm in_norm,
                    const T *__restrict__ weight, const T *__restrict__ bias, ff::Norm norm, const T *__restrict__ gate,
                    T *__restrict__ z) {
-  if constexpr (!ff::ptx::kAvailable) return;
+  if constexpr (sizeof(T) == 2 && !ff::ptx::kAvailable) return;
   extern __shared__ uint4 memory[];
   __shared__ Places places;
   const int first = blockIdx.x * tiling.rows();
@@ -170,7 +172,7 @@ __global__ void __launch_bounds__(kMostThreads)
   T *input = reinterpret_cast<T *>(memory), *weights = input + tiling.rows() * tiling.pitch();
   const int weight_rows = Turned ? tiling.depth : tiling.columns();
   const int weight_columns = Turned ? tiling.columns() : tiling.depth;
-  const int weight_pitch = weight_columns + ff::kMmaPadding;
+  const int weight_pitch = weight_columns + tiling.padding;
   const WarpPlace warp(tiling);
   ff::WarpProduct<T> product;
   places.locate(p, first, tiling.rows());
@@ -179,11 +181,11 @@ __global__ void __launch_bounds__(kMostThreads)
 #pragma unroll 1
     for (int tap = 0; tap < taps; ++tap) {
       __syncthreads();
-      with_packs(packs.x, [&](auto pack) {
+      with_packs<T>(packs.x, [&](auto pack) {
         stage<decltype(pack)::value>(x, p.channels, 1, channel, in_norm, tiling.rows(), tiling.depth, input,
                                      tiling.pitch(), [&](int row) { return places.pixel(p, row, tap); });
       });
-      with_packs(packs.weight, [&](auto pack) {
+      with_packs<T>(packs.weight, [&](auto pack) {
         const int first_row = Turned ? channel : first_out, all_rows = Turned ? p.channels : p.out_channels;
         stage<decltype(pack)::value>(weight + (Turned ? taps - 1 - tap : tap), Turned ? p.out_channels : p.channels,
                                      taps, Turned ? first_out : channel, as_it_is(), weight_rows, weight_columns,
@@ -203,31 +205,37 @@ __global__ void __launch_bounds__(kMostThreads)
   __syncthreads();
   store_sums(product, warp, tiling, sums);
   __syncthreads();
-  with_packs(packs.z, [&](auto pack) {
+  with_packs<T>(packs.z, [&](auto pack) {
     finish_tile<decltype(pack)::value>(p.pixels(), p.out_channels, first, first_out, tiling, sums, bias, norm, gate, z);
   });
 }
 
-constexpr int kGradientThreads = 128, kGradientSide = 2 * ff::kWarpTile, kGradientPixels = 64;
-constexpr int kGradientPitch = kGradientSide + ff::kMmaPadding;
+constexpr int kGradientWarps = 4, kGradientThreads = 32 * kGradientWarps;
+constexpr int kGradientSide = 2 * ff::kWarpTile, kGradientPixels = 64;
 constexpr int64_t kGradientBlocks = 1024;
 
 // partial: (slices, out_channels, channels, taps). grid: (slices, tiles of output channels x tiles of input channels x
-// taps). Of the four warps of a block those that have channels multiply.
+// taps). Of a block's two by two tiles of a warp those that have channels are multiplied; with fewer than four, several
+// warps share one, each with its part of the pixels.
 // The second launch bound: without it the compiler spills a register or two to reach a higher occupancy.
 template <class T, int V>
 __global__ void __launch_bounds__(kGradientThreads, 5)
     weight_product_kernel(ff::Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
                           float *__restrict__ partial) {
-  if constexpr (!ff::ptx::kAvailable) return;
+  if constexpr (sizeof(T) == 2 && !ff::ptx::kAvailable) return;
+  constexpr int kPitch = kGradientSide + ff::kMmaPadding<T>, kSumPitch = ff::kWarpTile + 1;
+  static_assert(2 * kGradientPixels * kPitch * sizeof(T) >= 3 * ff::kWarpTile * kSumPitch * sizeof(float));
   __shared__ Places places;
-  __shared__ alignas(16) T gradients[kGradientPixels * kGradientPitch];
-  __shared__ alignas(16) T inputs[kGradientPixels * kGradientPitch];
+  __shared__ alignas(16) T gradients[2 * kGradientPixels * kPitch];
+  T *inputs = gradients + kGradientPixels * kPitch;
   const int taps = p.taps(), tap = blockIdx.y % taps, tiles = (p.channels + kGradientSide - 1) / kGradientSide;
   const int first_in = blockIdx.y / taps % tiles * kGradientSide, first_out = blockIdx.y / taps / tiles * kGradientSide;
   const int ins = p.channels - first_in > ff::kWarpTile ? kGradientSide : ff::kWarpTile;
   const int outs = p.out_channels - first_out > ff::kWarpTile ? kGradientSide : ff::kWarpTile;
-  const int row = threadIdx.x / 32 % 2 * ff::kWarpTile, column = threadIdx.x / 64 * ff::kWarpTile;
+  const int own = ins * outs / (ff::kWarpTile * ff::kWarpTile), parts = kGradientWarps / own;
+  const int warp = threadIdx.x / 32, part = warp / own, depth = kGradientPixels / parts;
+  const int row = warp % own % (outs / ff::kWarpTile) * ff::kWarpTile;
+  const int column = warp % own / (outs / ff::kWarpTile) * ff::kWarpTile;
   const int pixels = static_cast<int>(p.pixels());
   ff::WarpProduct<T> product;
 #pragma unroll 1
@@ -235,18 +243,32 @@ __global__ void __launch_bounds__(kGradientThreads, 5)
     __syncthreads();
     places.locate(p, first, kGradientPixels);
     __syncthreads();
-    stage<V>(grad, p.out_channels, 1, first_out, as_it_is(), kGradientPixels, outs, gradients, kGradientPitch,
+    stage<V>(grad, p.out_channels, 1, first_out, as_it_is(), kGradientPixels, outs, gradients, kPitch,
              [&](int pixel) { return first + pixel < pixels ? first + pixel : -1; });
-    stage<V>(x, p.channels, 1, first_in, in_norm, kGradientPixels, ins, inputs, kGradientPitch,
+    stage<V>(x, p.channels, 1, first_in, in_norm, kGradientPixels, ins, inputs, kPitch,
              [&](int pixel) { return places.pixel(p, pixel, tap); });
     __syncthreads();
-    if (row < outs && column < ins)
-      product.template add<ff::Lies::kAlongDepth, ff::Lies::kAlongDepth>(
-          gradients + row, kGradientPitch, inputs + column, kGradientPitch, kGradientPixels);
+    const int from = part * depth * kPitch;
+    product.template add<ff::Lies::kAlongDepth, ff::Lies::kAlongDepth>(gradients + from + row, kPitch,
+                                                                       inputs + from + column, kPitch, depth);
   }
-  if (row >= outs || column >= ins) return;
+  float *sums = reinterpret_cast<float *>(gradients);
+  __syncthreads();
+  if (part > 0)
+    product.each([&](int i, int j, float2 two) {
+      float *to = sums + ((warp - own) * ff::kWarpTile + i) * kSumPitch + j;
+      to[0] = two.x;
+      to[1] = two.y;
+    });
+  __syncthreads();
+  if (part > 0) return;
   const int64_t slice = int64_t(blockIdx.x) * p.out_channels;
   product.each([&](int i, int j, float2 two) {
+    for (int other = warp; other + own < kGradientWarps; other += own) {
+      const float *more = sums + (other * ff::kWarpTile + i) * kSumPitch + j;
+      two.x += more[0];
+      two.y += more[1];
+    }
     const int out = first_out + row + i, in = first_in + column + j;
     if (out >= p.out_channels) return;
     const int64_t place = ((slice + out) * p.channels + in) * taps + tap;
@@ -330,8 +352,10 @@ int attribute(cudaDeviceAttr which) {
 }
 
 // As many warps across as the output channels take, the rest down; fewer where multiprocessors would stay idle.
+template <class T>
 Tiling choose_tiling(int64_t pixels, int channels, int out_channels, bool split) {
-  Tiling t{4, 1, channels > 32 ? kMostDepth : channels > 16 ? 32 : 16};
+  const int most_depth = sizeof(T) == 2 ? kMostDepth : kMostDepth / 2;
+  Tiling t{4, 1, channels > 32 ? most_depth : channels > 16 ? 32 : 16, ff::kMmaPadding<T>};
   while (t.across < kMostWarps && t.columns() < out_channels) t.across *= 2;
   t.down = t.across < 2 ? 4 : kMostWarps / t.across;
   const int processors = attribute(cudaDevAttrMultiProcessorCount);
@@ -342,16 +366,18 @@ Tiling choose_tiling(int64_t pixels, int channels, int out_channels, bool split)
 }
 
 size_t shared_bytes(const Tiling &t, bool turned, int bytes) {
-  const int weights = turned ? t.depth * (t.columns() + ff::kMmaPadding) : t.columns() * t.pitch();
+  const int weights = turned ? t.depth * (t.columns() + t.padding) : t.columns() * t.pitch();
   const size_t factors = size_t(t.rows() * t.pitch() + weights) * bytes;
   const size_t sums = size_t(t.rows()) * t.sum_pitch() * sizeof(float);
   return factors > sums ? factors : sums;
 }
 
+template <class T>
 int pack_of(int64_t channels, std::initializer_list<const void *> tensors) {
   uintptr_t bits = 0;
   for (const void *tensor : tensors) bits |= reinterpret_cast<uintptr_t>(tensor);
-  return channels % 8 == 0 && bits % 16 == 0 ? 8 : channels % 2 == 0 && bits % 4 == 0 ? 2 : 1;
+  if (channels % ff::kWide<T> == 0 && bits % 16 == 0) return ff::kWide<T>;
+  return channels % 2 == 0 && bits % (2 * sizeof(T)) == 0 ? 2 : 1;
 }
 
 int gradient_tiles(const ff::Pass &p) {
@@ -363,19 +389,19 @@ int gradient_tiles(const ff::Pass &p) {
 
 namespace ff {
 
-bool tensor_cores(const Pass &p) {
+bool as_product(const Pass &p, int bytes) {
   return p.groups == 1 && p.channels >= kLeastChannels && p.out_channels >= kLeastChannels &&
          p.pixels() <= kMostPixels && int64_t(p.batch) * p.height * p.width <= kMostPixels &&
-         gradient_tiles(p) <= 65535 && attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
+         gradient_tiles(p) <= 65535 && (bytes == 4 || attribute(cudaDevAttrComputeCapabilityMajor) >= 8);
 }
 
 template <class T>
-int mma_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *bias, Norm out_norm, const T *gate,
-             Norm gate_norm, T *z, cudaStream_t stream) {
-  const Tiling t = choose_tiling(p.pixels(), p.channels, p.out_channels, true);
+int product_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *bias, Norm out_norm, const T *gate,
+                 Norm gate_norm, T *z, cudaStream_t stream) {
+  const Tiling t = choose_tiling<T>(p.pixels(), p.channels, p.out_channels, true);
   const int inner = p.transposed ? p.out_channels : p.channels;
-  const Packs packs{pack_of(p.channels, {x}), p.taps() == 1 ? pack_of(inner, {weight}) : 1,
-                    pack_of(p.out_channels, {z, gate})};
+  const Packs packs{pack_of<T>(p.channels, {x}), p.taps() == 1 ? pack_of<T>(inner, {weight}) : 1,
+                    pack_of<T>(p.out_channels, {z, gate})};
   const dim3 grid(static_cast<unsigned>(ceil_div(p.pixels(), t.rows())),
                   static_cast<unsigned>(ceil_div(p.out_channels, t.columns())));
   const size_t bytes = shared_bytes(t, p.transposed, sizeof(T));
@@ -388,17 +414,18 @@ int mma_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *
   return cudaGetLastError();
 }
 
-int mma_weight_slices(const Pass &p) {
+int product_weight_slices(const Pass &p) {
   const int64_t most = kGradientBlocks / gradient_tiles(p);
   return static_cast<int>(blocks_for(p.pixels(), 4 * kGradientPixels, most < 1 ? 1 : most));
 }
 
 template <class T>
-int mma_weight_gradient(const Pass &p, const T *grad, const T *x, Norm in_norm, float *partial, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(mma_weight_slices(p)), static_cast<unsigned>(gradient_tiles(p)));
-  const int pack = std::min(pack_of(p.channels, {x}), pack_of(p.out_channels, {grad}));
-  if (pack == 8)
-    weight_product_kernel<T, 8><<<grid, kGradientThreads, 0, stream>>>(p, grad, x, in_norm, partial);
+int product_weight_gradient(const Pass &p, const T *grad, const T *x, Norm in_norm, float *partial,
+                            cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(product_weight_slices(p)), static_cast<unsigned>(gradient_tiles(p)));
+  const int pack = std::min(pack_of<T>(p.channels, {x}), pack_of<T>(p.out_channels, {grad}));
+  if (pack == kWide<T>)
+    weight_product_kernel<T, kWide<T>><<<grid, kGradientThreads, 0, stream>>>(p, grad, x, in_norm, partial);
   else if (pack == 2)
     weight_product_kernel<T, 2><<<grid, kGradientThreads, 0, stream>>>(p, grad, x, in_norm, partial);
   else
@@ -406,10 +433,11 @@ int mma_weight_gradient(const Pass &p, const T *grad, const T *x, Norm in_norm, 
   return cudaGetLastError();
 }
 
-#define FF_INSTANTIATE(T)                                                                                \
-  template int mma_conv(const Pass &, const T *, Norm, const T *, const T *, Norm, const T *, Norm, T *, \
-                        cudaStream_t);                                                                   \
-  template int mma_weight_gradient(const Pass &, const T *, const T *, Norm, float *, cudaStream_t);
+#define FF_INSTANTIATE(T)                                                                                    \
+  template int product_conv(const Pass &, const T *, Norm, const T *, const T *, Norm, const T *, Norm, T *, \
+                            cudaStream_t);                                                                   \
+  template int product_weight_gradient(const Pass &, const T *, const T *, Norm, float *, cudaStream_t);
+FF_INSTANTIATE(float)
 FF_INSTANTIATE(__half)
 FF_INSTANTIATE(__nv_bfloat16)
 
@@ -439,7 +467,7 @@ extern "C" int ff_cuda_depthwise_separable_eval(const void *x, const void *depth
   p.stride = static_cast<int>(stride);
   p.padding = p.up = 1;
   const int outs = static_cast<int>(out_channels);
-  const Tiling t = choose_tiling(pixels, p.channels, outs, false);
+  const Tiling t = choose_tiling<__half>(pixels, p.channels, outs, false);
   const ff::Norm between = ff::make_norm(depthwise_stats, channels, depthwise_activation, depthwise_slope);
   const ff::Norm out_norm = ff::make_norm(y_stats, out_channels, y_activation, y_slope);
   const auto run = [&](auto zero) -> int {

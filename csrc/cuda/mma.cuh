@@ -1,4 +1,4 @@
-// A warp's part of a product of matrices in shared memory, on tensor cores.
+// A warp's part of a product of matrices in shared memory: in half precision on tensor cores, in float32 by FMAs.
 #ifndef FF_CUDA_MMA_CUH
 #define FF_CUDA_MMA_CUH
 
@@ -8,8 +8,9 @@ namespace ff {
 
 constexpr int kWarpTile = 32;  // rows and columns of a warp's product
 constexpr int kMmaDepth = 16;
-// Between rows of 16-bit numbers, beyond a multiple of 16: rows that are read together then lie in different banks.
-constexpr int kMmaPadding = 8;
+// Elements between rows beyond a multiple of 16, 16 bytes: rows that are read together then lie in different banks.
+template <class T>
+constexpr int kMmaPadding = 16 / int(sizeof(T));
 
 // How a factor lies in shared memory: its rows (the product's columns, for the right factor) one after the other, or
 // the depth, which both factors share, one step after the other.
@@ -63,6 +64,71 @@ struct WarpProduct {
 #pragma unroll
         for (int h = 0; h < 2; ++h)
           store(16 * i + lane / 4 + 8 * h, 8 * j + lane % 4 * 2, make_float2(sum[i][j][2 * h], sum[i][j][2 * h + 1]));
+  }
+};
+
+// Element (g + 8 r, 16 h + 4 t + e) of the product, g = lane / 4, t = lane % 4, is sum[r][4 h + e].
+template <>
+struct WarpProduct<float> {
+  float sum[kWarpTile / 8][8] = {};
+
+  template <Lies A, Lies B>
+  __device__ __forceinline__ void add(const float *a, int a_pitch, const float *b, int b_pitch, int depth) {
+    constexpr int kRows = kWarpTile / 8, kStep = 4;
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;
+#pragma unroll 1
+    for (int k = 0; k < depth; k += kStep) {
+      float left[kRows][kStep];
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if constexpr (A == Lies::kAcross)
+          load(left[r], a + (row + 8 * r) * a_pitch + k);
+        else
+          for (int step = 0; step < kStep; ++step) left[r][step] = a[(k + step) * a_pitch + row + 8 * r];
+      }
+      if constexpr (B == Lies::kAcross) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float right[kStep];
+          load(right, b + (16 * (j / 4) + column + j % 4) * b_pitch + k);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r)
+#pragma unroll
+            for (int step = 0; step < kStep; ++step) sum[r][j] += left[r][step] * right[step];
+        }
+      } else {
+#pragma unroll
+        for (int step = 0; step < kStep; ++step)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float right[4];
+            load(right, b + (k + step) * b_pitch + 16 * h + column);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) sum[r][4 * h + e] += left[r][step] * right[e];
+          }
+      }
+    }
+  }
+
+  template <class F>
+  __device__ __forceinline__ void each(F store) const {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;
+#pragma unroll
+    for (int r = 0; r < kWarpTile / 8; ++r)
+#pragma unroll
+      for (int j = 0; j < 8; j += 2)
+        store(row + 8 * r, 16 * (j / 4) + column + j % 4, make_float2(sum[r][j], sum[r][j + 1]));
+  }
+
+ private:
+  static __device__ __forceinline__ void load(float (&values)[4], const float *from) {
+    const float4 four = *reinterpret_cast<const float4 *>(from);
+    values[0] = four.x;
+    values[1] = four.y;
+    values[2] = four.z;
+    values[3] = four.w;
   }
 };
 

@@ -115,7 +115,7 @@ def run_stage(items: list[Item], record: dict[str, Any], save: Callable[[], None
         if record["items"].get(name, {}).get("ok"):
             continue
         left = limit - (time.monotonic() - begin)
-        if left < min(RESERVE, limit):
+        if left < min(RESERVE, limit / 2):
             print(f"{name}: left for the next start")
             save()
             return 3

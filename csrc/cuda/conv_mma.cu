@@ -219,7 +219,7 @@ constexpr int64_t kGradientBlocks = 1024;
 // warps share one, each with its part of the pixels.
 // The second launch bound: without it the compiler spills a register or two to reach a higher occupancy.
 template <class T, int V>
-__global__ void __launch_bounds__(kGradientThreads, 5)
+__global__ void __launch_bounds__(kGradientThreads, sizeof(T) == 2 ? 5 : 4)
     weight_product_kernel(ff::Pass p, const T *__restrict__ grad, const T *__restrict__ x, ff::Norm in_norm,
                           float *__restrict__ partial) {
   if constexpr (sizeof(T) == 2 && !ff::ptx::kAvailable) return;

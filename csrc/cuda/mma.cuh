@@ -67,7 +67,8 @@ struct WarpProduct {
   }
 };
 
-// Element (g + 8 r, 16 h + 4 t + e) of the product, g = lane / 4, t = lane % 4, is sum[r][4 h + e].
+// Element (g + 8 r, 16 h + 4 t + e) of the product, g = lane / 4, t = lane % 4, is sum[r][4 h + e]. Every call of add
+// sums on its own before it adds to what was there: rounding grows with the square root of a sum's length.
 template <>
 struct WarpProduct<float> {
   float sum[kWarpTile / 8][8] = {};
@@ -76,6 +77,7 @@ struct WarpProduct<float> {
   __device__ __forceinline__ void add(const float *a, int a_pitch, const float *b, int b_pitch, int depth) {
     constexpr int kRows = kWarpTile / 8, kStep = 4;
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 4;
+    float own[kRows][8] = {};
 #pragma unroll 1
     for (int k = 0; k < depth; k += kStep) {
       float left[kRows][kStep];
@@ -94,7 +96,7 @@ struct WarpProduct<float> {
 #pragma unroll
           for (int r = 0; r < kRows; ++r)
 #pragma unroll
-            for (int step = 0; step < kStep; ++step) sum[r][j] += left[r][step] * right[step];
+            for (int step = 0; step < kStep; ++step) own[r][j] += left[r][step] * right[step];
         }
       } else {
 #pragma unroll
@@ -106,10 +108,14 @@ struct WarpProduct<float> {
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
 #pragma unroll
-              for (int e = 0; e < 4; ++e) sum[r][4 * h + e] += left[r][step] * right[e];
+              for (int e = 0; e < 4; ++e) own[r][4 * h + e] += left[r][step] * right[e];
           }
       }
     }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) sum[r][j] += own[r][j];
   }
 
   template <class F>

@@ -315,14 +315,16 @@ def test_items() -> Iterator[Item]:
                 raise SystemExit(f"gpu_check: the CUDA kernels do not run here: {reason}")
             print(f"no tests of {backend}: {reason}", file=sys.stderr)
             continue
-        # Triton compiles hundreds of kernels for a file of tests, each on one core.
-        spread = backend == "triton" and importlib.util.find_spec("xdist") is not None
-        processes = ["-n", str(min(8, os.cpu_count() or 1))] if spread else []
+        if importlib.util.find_spec("xdist") is not None:
+            arguments = ["-n", str(min(8, os.cpu_count() or 1)), "-m", "gpu", "-k", backend, str(ROOT / "tests")]
+            yield f"tests, {backend}", lambda left, a=arguments: run_pytest(a, left)
+            continue
+        # One process has minutes of work with some files: Triton compiles hundreds of kernels for one.
         for path in sorted((ROOT / "tests").glob("test_*.py")):
             if path.stem in ONE_BACKEND and ONE_BACKEND[path.stem] != backend:
                 continue
             if re.search(r"\bbackends\(|backend_dtypes\(|pytest\.mark\.gpu", path.read_text()):
-                arguments = [*processes, "-m", "gpu", "-k", backend, str(path)]
+                arguments = ["-m", "gpu", "-k", backend, str(path)]
                 yield f"{path.name}, {backend}", lambda left, a=arguments: run_pytest(a, left)
     yield "whole model, fused against plain", lambda left: compare_models()
     yield "whole model in a CUDA graph", lambda left: capture_models()

@@ -122,7 +122,20 @@ def everything(monkeypatch):
     monkeypatch.setattr(registry, "backend_unavailable", lambda name, device="cuda": None)
 
 
-def test_every_stage_lists_its_items(everything):
+@pytest.fixture
+def one_process(everything, monkeypatch):
+    """As where pytest-xdist is not installed."""
+    find = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: None if name == "xdist" else find(name))
+
+
+def test_all_tests_of_a_backend_are_an_item_where_processes_share_them(everything, monkeypatch):
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda name: object())
+    names = list(dict(gpu_check.test_items()))
+    assert names[:2] == ["tests, cuda", "tests, triton"] and not any(".py" in name for name in names)
+
+
+def test_every_stage_lists_its_items(one_process):
     names = list(dict(gpu_check.test_items()))
     assert "test_channel_shuffle.py, triton" in names and "test_cuda_tensor_cores.py, cuda" in names
     assert "test_cuda_tensor_cores.py, triton" not in names and not any("test_engine" in name for name in names)
@@ -132,7 +145,7 @@ def test_every_stage_lists_its_items(everything):
     assert emulated | {"channel_shuffle", "cuda_tensor_cores"} == set(gpu_check.SANITIZED)
 
 
-def test_every_item_of_the_tests_selects_some(everything):
+def test_every_item_of_the_tests_selects_some(one_process):
     """pytest ends with an error where nothing is selected, and the stage would never be done."""
     wanted = {tuple(name.split(", ")) for name, _ in gpu_check.test_items() if name.startswith("test_")}
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu"]

@@ -9,6 +9,25 @@ constexpr int64_t kMostBlocks = 512, kMostPackBlocks = 65536;
 
 int64_t slices_for(int64_t pixels) { return ff::blocks_for(pixels, 16 * kRows, kMostBlocks); }
 
+// A reduction's lanes: `span` neighbouring channels of kLanes / span neighbouring pixels.
+int span_of(int64_t channels) {
+  int span = 1;
+  while (span < channels && span < kLanes) span *= 2;
+  return span;
+}
+
+struct Walk {
+  int c, step;
+  int64_t first;
+  int64_t stride;
+
+  __device__ explicit Walk(int span)
+      : c(blockIdx.y * span + threadIdx.x % span),
+        step(kLanes / span),
+        first((int64_t(blockIdx.x) * kRows + threadIdx.y) * step + threadIdx.x / span),
+        stride(int64_t(gridDim.x) * kRows * step) {}
+};
+
 __device__ __forceinline__ void write_coefficients(float *stats, int channels, int c, float mean, float variance,
                                                    float weight, float bias, float eps) {
   stats[c] = mean;
@@ -50,32 +69,34 @@ struct Moments {
   }
 };
 
-// z: (pixels, channels) -> partial: (slices, channels). A block takes kLanes channels and one slice of the pixels.
+// z: (pixels, channels) -> partial: (slices, channels). A block takes `span` channels and one slice of the pixels.
 template <class T>
 __global__ void __launch_bounds__(kLanes *kRows)
-    moments_kernel(const T *__restrict__ z, int64_t pixels, int channels, Moments *__restrict__ partial) {
+    moments_kernel(const T *__restrict__ z, int64_t pixels, int channels, int span, Moments *__restrict__ partial) {
   __shared__ Moments rows[kRows][kLanes];
-  const int c = blockIdx.y * kLanes + threadIdx.x;
+  const Walk walk(span);
   Moments sum{0, 0, 0};
-  const int64_t first = blockIdx.x * kRows + threadIdx.y;
-  if (c < channels && first < pixels) {
+  if (walk.c < channels && walk.first < pixels) {
     // Deviations from the first value: the mean of 1e4 +- 1e-2 is as exact as that of +- 1e-2.
-    const float pivot = ff::to_float(z[first * channels + c]);
+    const float pivot = ff::to_float(z[walk.first * channels + walk.c]);
     double deviations = 0, squares = 0;
-    for (int64_t p = first; p < pixels; p += int64_t(gridDim.x) * kRows) {
-      const double d = ff::to_float(z[p * channels + c]) - pivot;
+#pragma unroll 4
+    for (int64_t p = walk.first; p < pixels; p += walk.stride) {
+      const double d = ff::to_float(z[p * channels + walk.c]) - pivot;
       deviations += d;
       squares += d * d;
-      sum.count += 1;
     }
+    sum.count = static_cast<double>((pixels - walk.first + walk.stride - 1) / walk.stride);
     sum.mean = pivot + deviations / sum.count;
     sum.squares = squares - deviations * (deviations / sum.count);
   }
   rows[threadIdx.y][threadIdx.x] = sum;
   __syncthreads();
-  if (threadIdx.y != 0 || c >= channels) return;
-  for (int row = 1; row < kRows; ++row) sum.add(rows[row][threadIdx.x]);
-  partial[int64_t(blockIdx.x) * channels + c] = sum;
+  if (threadIdx.y != 0 || threadIdx.x >= span || walk.c >= channels) return;
+  for (int row = 0; row < kRows; ++row)
+    for (int lane = threadIdx.x; lane < kLanes; lane += span)
+      if (row != 0 || lane != threadIdx.x) sum.add(rows[row][lane]);
+  partial[int64_t(blockIdx.x) * channels + walk.c] = sum;
 }
 
 // Every row of a block adds every kRows-th slice.
@@ -97,44 +118,68 @@ __global__ void __launch_bounds__(kLanes *kRows)
                      eps);
 }
 
+// Calls function(pack, first channel, whether that is another one than before) for a thread's packs of V channels.
+template <int V, class F>
+__device__ __forceinline__ void each_pack(int channels, int64_t packs, F function) {
+  const int per_pixel = channels / V;
+  const int64_t first = blockIdx.x * int64_t(kThreads) + threadIdx.x, stride = int64_t(gridDim.x) * kThreads;
+  const int step = static_cast<int>(stride % per_pixel);
+  int place = static_cast<int>(first % per_pixel);
+  bool other = true;
+  for (int64_t i = first; i < packs; i += stride) {
+    function(i, place * V, other);
+    place += step;
+    if (place >= per_pixel) place -= per_pixel;
+    other = step != 0;
+  }
+}
+
 // y = activation((z - mean) * scale + shift); y may be z.
 template <class T, int V>
 __global__ void apply_kernel(const T *z, ff::Norm norm, T *y, int64_t packs) {
   using Pack = ff::Pack<T, V>;
-  const int per_pixel = norm.channels / V;
-  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
-    const int c = static_cast<int>(i % per_pixel) * V;
+  ff::NormPack<V> apply(norm, 0);
+  each_pack<V>(norm.channels, packs, [&](int64_t i, int c, bool other) {
+    if (other) apply = ff::NormPack<V>(norm, c);
     Pack values = reinterpret_cast<const Pack *>(z)[i];
+    float v[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(norm(ff::to_float(values.v[j]), c + j));
+    for (int j = 0; j < V; ++j) v[j] = ff::to_float(values.v[j]);
+    apply.apply(v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(v[j]);
     reinterpret_cast<Pack *>(y)[i] = values;
-  }
+  });
 }
 
 // partial: (slices, 2, channels), sums of g and of g * (z - mean), g the gradient of the normalisation's output.
 template <class T>
 __global__ void __launch_bounds__(kLanes *kRows)
-    reduce_kernel(const T *__restrict__ grad, const T *__restrict__ z, ff::Norm norm, int64_t pixels,
+    reduce_kernel(const T *__restrict__ grad, const T *__restrict__ z, ff::Norm norm, int64_t pixels, int span,
                   double *__restrict__ partial) {
   __shared__ double rows[kRows][2][kLanes];
-  const int channels = norm.channels, c = blockIdx.y * kLanes + threadIdx.x;
+  const int channels = norm.channels;
+  const Walk walk(span);
   double sum = 0, product = 0;
-  if (c < channels) {
-    const float mean = norm.stats == nullptr ? 0 : norm.mean(c);
-    for (int64_t p = blockIdx.x * kRows + threadIdx.y; p < pixels; p += int64_t(gridDim.x) * kRows) {
-      const float v = ff::to_float(z[p * channels + c]);
-      const float g = norm.gradient(ff::to_float(grad[p * channels + c]), v, c);
-      sum += g;
-      product += double(g) * (v - mean);
+  if (walk.c < channels) {
+    const ff::NormPack<1> at(norm, walk.c);
+#pragma unroll 4
+    for (int64_t p = walk.first; p < pixels; p += walk.stride) {
+      float v[1] = {ff::to_float(z[p * channels + walk.c])}, g[1] = {ff::to_float(grad[p * channels + walk.c])};
+      const float deviation = v[0] - at.mean[0];
+      at.gradient(g, v);
+      sum += g[0];
+      product += double(g[0]) * deviation;
     }
   }
   rows[threadIdx.y][0][threadIdx.x] = sum;
   rows[threadIdx.y][1][threadIdx.x] = product;
   __syncthreads();
-  if (threadIdx.y > 1 || c >= channels) return;
+  if (threadIdx.y > 1 || threadIdx.x >= span || walk.c >= channels) return;
   double total = 0;
-  for (int row = 0; row < kRows; ++row) total += rows[row][threadIdx.y][threadIdx.x];
-  partial[(int64_t(blockIdx.x) * 2 + threadIdx.y) * channels + c] = total;
+  for (int row = 0; row < kRows; ++row)
+    for (int lane = threadIdx.x; lane < kLanes; lane += span) total += rows[row][threadIdx.y][lane];
+  partial[(int64_t(blockIdx.x) * 2 + threadIdx.y) * channels + walk.c] = total;
 }
 
 __global__ void __launch_bounds__(kLanes *kRows)
@@ -157,28 +202,41 @@ template <class T, int V>
 __global__ void backward_kernel(const T *grad, const T *z, ff::Norm norm, const double *__restrict__ sums, double eps,
                                 double inverse_count, T *out, int64_t packs) {
   using Pack = ff::Pack<T, V>;
-  const int channels = norm.channels, per_pixel = channels / V;
-  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < packs; i += int64_t(gridDim.x) * kThreads) {
-    const int c = static_cast<int>(i % per_pixel) * V;
+  ff::NormPack<V> at(norm, 0);
+  double mean_gradient[V] = {}, slope[V] = {};
+  each_pack<V>(norm.channels, packs, [&](int64_t i, int c, bool other) {
+    if (other) {
+      at = ff::NormPack<V>(norm, c);
+      if (sums != nullptr)
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          mean_gradient[j] = sums[c + j] * inverse_count;
+          slope[j] = sums[norm.channels + c + j] * inverse_count / (double(norm.variance(c + j)) + eps);
+        }
+    }
     Pack values = reinterpret_cast<const Pack *>(grad)[i];
     const Pack raw = reinterpret_cast<const Pack *>(z)[i];
+    float g[V], v[V], deviation[V];
 #pragma unroll
     for (int j = 0; j < V; ++j) {
-      const float v = ff::to_float(raw.v[j]);
-      float g = norm.gradient(ff::to_float(values.v[j]), v, c + j);
-      if (sums != nullptr) {
-        // In double: weight gradients behind a normalisation are small differences of large sums of these.
-        const double slope = sums[channels + c + j] * inverse_count / (double(norm.variance(c + j)) + eps);
-        g = static_cast<float>(g - sums[c + j] * inverse_count - (v - norm.mean(c + j)) * slope);
-      }
-      values.v[j] = ff::from_float<T>(norm.stats == nullptr ? g : g * norm.scale(c + j));
+      g[j] = ff::to_float(values.v[j]);
+      v[j] = ff::to_float(raw.v[j]);
+      deviation[j] = v[j] - at.mean[j];
+    }
+    at.gradient(g, v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      // In double: weight gradients behind a normalisation are small differences of large sums of these.
+      if (sums != nullptr) g[j] = static_cast<float>(g[j] - mean_gradient[j] - deviation[j] * slope[j]);
+      values.v[j] = ff::from_float<T>(g[j] * at.scale[j]);
     }
     reinterpret_cast<Pack *>(out)[i] = values;
-  }
+  });
 }
 
 dim3 reduction_grid(int64_t pixels, int64_t channels) {
-  return dim3(static_cast<unsigned>(slices_for(pixels)), static_cast<unsigned>(ff::ceil_div(channels, kLanes)));
+  return dim3(static_cast<unsigned>(slices_for(pixels)),
+              static_cast<unsigned>(ff::ceil_div(channels, span_of(channels))));
 }
 
 bool too_many(int64_t channels) { return channels > int64_t(65535) * kLanes; }
@@ -228,8 +286,8 @@ extern "C" int ff_cuda_batch_norm_statistics(const void *z, const void *weight, 
   const int count = static_cast<int>(channels);
   return ff::dispatch(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
-    moments_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(static_cast<const T *>(z),
-                                                                                       pixels, count, partial);
+    moments_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(
+        static_cast<const T *>(z), pixels, count, span_of(channels), partial);
     statistics_kernel<T><<<ff::blocks_for(channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
         partial, static_cast<int>(slices_for(pixels)), count, static_cast<const T *>(weight),
         static_cast<const T *>(bias), static_cast<float>(eps), static_cast<float *>(stats));
@@ -264,7 +322,7 @@ extern "C" int ff_cuda_batch_norm_reduce(const void *grad, const void *z, const 
   return ff::dispatch(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     reduce_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(
-        static_cast<const T *>(grad), static_cast<const T *>(z), norm, pixels, partial);
+        static_cast<const T *>(grad), static_cast<const T *>(z), norm, pixels, span_of(channels), partial);
     sum_slices_kernel<<<ff::blocks_for(2 * channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
         partial, static_cast<int>(slices_for(pixels)), static_cast<int>(2 * channels), sums);
     return cudaGetLastError();

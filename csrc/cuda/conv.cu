@@ -3,8 +3,8 @@
 //
 // A general block holds a tile of the input with its halo and a slice of the weights in shared memory, both in float32;
 // a thread computes several output channels of one pixel. The gradient of the input is the same kernel: a convolution
-// of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes 16 bytes of
-// neighbouring channels of four pixels in a row.
+// of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes four
+// channels of four pixels in a row, with the weights in shared memory.
 //
 // Without groups and from 8 channels on both sides on, a general convolution is a product of matrices: conv_mma.cu.
 #include "conv.cuh"
@@ -16,10 +16,10 @@ constexpr int kTileWidth = 16, kTileHeight = 8, kPixels = kTileWidth * kTileHeig
 constexpr int kChunk = 8;  // input channels in shared memory at a time, output channels of a weight gradient's block
 constexpr int kSharedBytes = 46 << 10;
 constexpr int kLanes = 32, kRows = 8, kThreads = 256;
-constexpr int kAcross = 4;  // pixels of a depthwise thread
-constexpr int kPiece = 32;  // pixels of a line that a thread of a depthwise weight gradient takes at a time
+constexpr int kAcross = 4, kPack = 4;  // pixels and channels of a depthwise thread
+constexpr int kPiece = 32;             // pixels of a line that a thread of a depthwise weight gradient takes at a time
 constexpr int kMostKernel = 7;
-constexpr int64_t kMostSlices = 256;
+constexpr int64_t kMostSlices = 256, kMostDepthwiseBlocks = 8192;
 
 // What a block of conv_kernel and weight_gradient_kernel needs beside it.
 struct Pass : ff::Pass {
@@ -192,93 +192,175 @@ __global__ void __launch_bounds__(kPixels)
   }
 }
 
-// weight: (channels, k, k).
-template <class T, int V, int K>
-__global__ void __launch_bounds__(kThreads)
-    depthwise_kernel(Pass p, const T *__restrict__ x, ff::Norm in_norm, const T *__restrict__ weight,
-                     const T *__restrict__ bias, ff::Norm out_norm, T *__restrict__ z) {
-  using Pack = ff::Pack<T, V>;
-  const int k = K > 0 ? K : p.kernel, packs = p.channels / V, across = (p.out_width + kAcross - 1) / kAcross;
-  int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (i >= int64_t(p.batch) * p.out_height * across * packs) return;
-  const int c = static_cast<int>(i % packs) * V;
-  i /= packs;
-  const int column = static_cast<int>(i % across) * kAcross;
-  i /= across;
-  const int y = static_cast<int>(i % p.out_height);
-  const int64_t image = i / p.out_height;
-  float sum[kAcross][V];
+// weight: (channels, k, k) -> memory: [tap][channel], turned around for a gradient of the input.
+template <class T>
+__device__ __forceinline__ void stage_depthwise_weights(const Pass &p, const T *__restrict__ weight, bool turned,
+                                                        float *memory) {
+  const int taps = p.taps();
+  for (int i = threadIdx.x; i < taps * p.channels; i += kThreads) {
+    const int tap = i / p.channels, c = i % p.channels;
+    memory[i] = ff::to_float(weight[c * taps + (turned ? taps - 1 - tap : tap)]);
+  }
+  __syncthreads();
+}
+
+// The weights of one tap for channels c, ...: from shared memory where they are staged.
+template <int V, class T>
+__device__ __forceinline__ void depthwise_weights(const Pass &p, bool staged, const float *memory,
+                                                  const T *__restrict__ weight, bool turned, int tap, int c,
+                                                  float (&w)[V]) {
+  const int taps = p.taps();
 #pragma unroll
-  for (int r = 0; r < kAcross; ++r)
+  for (int j = 0; j < V; ++j)
+    w[j] = staged ? memory[tap * p.channels + c + j]
+                  : ff::to_float(weight[int64_t(c + j) * taps + (turned ? taps - 1 - tap : tap)]);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void load_pack(const T *from, float (&v)[V]) {
+  const ff::Pack<T, V> values = *reinterpret_cast<const ff::Pack<T, V> *>(from);
 #pragma unroll
-    for (int j = 0; j < V; ++j) sum[r][j] = bias == nullptr ? 0.0f : ff::to_float(bias[c + j]);
+  for (int j = 0; j < V; ++j) v[j] = ff::to_float(values.v[j]);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store_pack(const float (&v)[V], T *to) {
+  ff::Pack<T, V> values;
+#pragma unroll
+  for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(v[j]);
+  *reinterpret_cast<ff::Pack<T, V> *>(to) = values;
+}
+
+// K and S: side and stride where they are known, else 0. Turned: the pass is that of the input's gradient, with stride
+// 1; the result is multiplied by the derivative of out_norm's activation at gate.
+template <class T, int V, int K, int S, bool Turned>
+__global__ void __launch_bounds__(kThreads, 2)
+    depthwise_kernel(Pass p, bool staged, const T *__restrict__ x, ff::Norm in_norm, const T *__restrict__ weight,
+                     const T *__restrict__ bias, ff::Norm out_norm, const T *__restrict__ gate, T *__restrict__ z) {
+  extern __shared__ float memory[];
+  constexpr int kSide = K > 0 ? K : 1, kStride = S > 0 ? S : 1;
+  const int k = K > 0 ? K : p.kernel, stride = S > 0 ? S : p.stride;
+  const int packs = p.channels / V, across = (p.out_width + kAcross - 1) / kAcross;
+  if (staged) stage_depthwise_weights(p, weight, Turned, memory);
+  const int64_t items = int64_t(p.batch) * p.out_height * across * packs;
+  int known = -1;  // the channel whose coefficients are in registers
+  ff::NormPack<V> in(in_norm, 0);
 #pragma unroll 1
-  for (int ky = 0; ky < k; ++ky) {
-    const int row = y * p.stride - p.padding + ky;
-    if (row < 0 || row >= p.height) continue;
-    const T *line = x + (image * p.height + row) * p.width * p.channels + c;
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < items; i += int64_t(gridDim.x) * kThreads) {
+    const int c = static_cast<int>(i % packs) * V;
+    const int64_t line = i / packs / across;
+    const int column = static_cast<int>(i / packs % across) * kAcross;
+    const int y = static_cast<int>(line % p.out_height);
+    const int64_t image = line / p.out_height;
+    if (c != known) {
+      in = ff::NormPack<V>(in_norm, c);
+      known = c;
+    }
+    float sum[kAcross][V];
+#pragma unroll
+    for (int r = 0; r < kAcross; ++r)
+#pragma unroll
+      for (int j = 0; j < V; ++j) sum[r][j] = bias == nullptr ? 0.0f : ff::to_float(bias[c + j]);
 #pragma unroll 1
-    for (int kx = 0; kx < k; ++kx) {
-      float w[V];
+    for (int ky = 0; ky < k; ++ky) {
+      const int row = y * stride - p.padding + ky, left = column * stride - p.padding;
+      if (row < 0 || row >= p.height) continue;
+      const T *values = x + (image * p.height + row) * p.width * p.channels + c;
+      if constexpr (K > 0) {
+        float w[kSide][V];
 #pragma unroll
-      for (int j = 0; j < V; ++j) w[j] = ff::to_float(weight[(int64_t(c + j) * k + ky) * k + kx]);
+        for (int kx = 0; kx < kSide; ++kx)
+          depthwise_weights(p, staged, memory, weight, Turned, ky * kSide + kx, c, w[kx]);
 #pragma unroll
-      for (int r = 0; r < kAcross; ++r) {
-        const int at = (column + r) * p.stride - p.padding + kx;
-        if (at < 0 || at >= p.width) continue;
-        const Pack values = *reinterpret_cast<const Pack *>(line + int64_t(at) * p.channels);
+        for (int seen = 0; seen < (kAcross - 1) * kStride + kSide; ++seen) {
+          if (left + seen < 0 || left + seen >= p.width) continue;
+          float v[V];
+          load_pack(values + int64_t(left + seen) * p.channels, v);
+          in.apply(v);
 #pragma unroll
-        for (int j = 0; j < V; ++j) sum[r][j] += w[j] * in_norm(ff::to_float(values.v[j]), c + j);
+          for (int kx = 0; kx < kSide; ++kx)
+            if (seen >= kx && (seen - kx) % kStride == 0 && (seen - kx) / kStride < kAcross)
+#pragma unroll
+              for (int j = 0; j < V; ++j) sum[(seen - kx) / kStride][j] += w[kx][j] * v[j];
+        }
+      } else {
+#pragma unroll 1
+        for (int kx = 0; kx < k; ++kx) {
+          float w[V];
+          depthwise_weights(p, staged, memory, weight, Turned, ky * k + kx, c, w);
+#pragma unroll
+          for (int r = 0; r < kAcross; ++r) {
+            const int at = left + r * stride + kx;
+            if (at < 0 || at >= p.width) continue;
+            float v[V];
+            load_pack(values + int64_t(at) * p.channels, v);
+            in.apply(v);
+#pragma unroll
+            for (int j = 0; j < V; ++j) sum[r][j] += w[j] * v[j];
+          }
+        }
       }
     }
-  }
+    const ff::NormPack<V> out(out_norm, c);
 #pragma unroll
-  for (int r = 0; r < kAcross; ++r) {
-    if (column + r >= p.out_width) continue;
-    Pack values;
-#pragma unroll
-    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(ff::finish(out_norm, sum[r][j], c + j));
-    *reinterpret_cast<Pack *>(z + ((image * p.out_height + y) * p.out_width + column + r) * p.channels + c) = values;
+    for (int r = 0; r < kAcross; ++r) {
+      if (column + r >= p.out_width) continue;
+      const int64_t place = (line * p.out_width + column + r) * p.channels + c;
+      if constexpr (Turned) {
+        float at[V];
+        load_pack(gate + place, at);
+        out.gradient(sum[r], at);
+      } else {
+        out.apply(sum[r]);
+      }
+      store_pack(sum[r], z + place);
+    }
   }
 }
 
-// p is the forward pass; grad has its output's shape, gate and grad_x its input's.
-template <class T, int V, int K>
+// The input's gradient for strides above 1. p is the forward pass; grad has its output's shape, gate and grad_x its
+// input's.
+template <class T, int V>
 __global__ void __launch_bounds__(kThreads)
-    depthwise_input_gradient_kernel(Pass p, const T *__restrict__ grad, const T *__restrict__ weight,
+    depthwise_input_gradient_kernel(Pass p, bool staged, const T *__restrict__ grad, const T *__restrict__ weight,
                                     const T *__restrict__ gate, ff::Norm gate_norm, T *__restrict__ grad_x) {
-  using Pack = ff::Pack<T, V>;
-  const int k = K > 0 ? K : p.kernel, packs = p.channels / V;
-  int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x;
-  if (i >= int64_t(p.batch) * p.height * p.width * packs) return;
-  const int64_t pixel = i / packs;
-  const int c = static_cast<int>(i % packs) * V;
-  const int column = static_cast<int>(pixel % p.width), row = static_cast<int>(pixel / p.width % p.height);
-  const int64_t image = pixel / p.width / p.height;
-  float sum[V];
-#pragma unroll
-  for (int j = 0; j < V; ++j) sum[j] = 0;
+  extern __shared__ float memory[];
+  const int packs = p.channels / V;
+  if (staged) stage_depthwise_weights(p, weight, false, memory);
+  const int64_t items = int64_t(p.batch) * p.height * p.width * packs;
+  int known = -1;
+  ff::NormPack<V> norm(gate_norm, 0);
 #pragma unroll 1
-  for (int ky = 0; ky < k; ++ky) {
-    const int y = row + p.padding - ky;
-    if (y < 0 || y % p.stride != 0 || y / p.stride >= p.out_height) continue;
-#pragma unroll 1
-    for (int kx = 0; kx < k; ++kx) {
-      const int at = column + p.padding - kx;
-      if (at < 0 || at % p.stride != 0 || at / p.stride >= p.out_width) continue;
-      const Pack values = *reinterpret_cast<const Pack *>(
-          grad + ((image * p.out_height + y / p.stride) * p.out_width + at / p.stride) * p.channels + c);
-#pragma unroll
-      for (int j = 0; j < V; ++j)
-        sum[j] += ff::to_float(weight[(int64_t(c + j) * k + ky) * k + kx]) * ff::to_float(values.v[j]);
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < items; i += int64_t(gridDim.x) * kThreads) {
+    const int64_t pixel = i / packs;
+    const int c = static_cast<int>(i % packs) * V;
+    const int column = static_cast<int>(pixel % p.width), row = static_cast<int>(pixel / p.width % p.height);
+    const int64_t image = pixel / p.width / p.height;
+    if (c != known) {
+      norm = ff::NormPack<V>(gate_norm, c);
+      known = c;
     }
-  }
-  const Pack at = *reinterpret_cast<const Pack *>(gate + pixel * p.channels + c);
-  Pack values;
+    float sum[V] = {};
+#pragma unroll 1
+    for (int ky = 0; ky < p.kernel; ++ky) {
+      const int y = row + p.padding - ky;
+      if (y < 0 || y % p.stride != 0 || y / p.stride >= p.out_height) continue;
+#pragma unroll 1
+      for (int kx = 0; kx < p.kernel; ++kx) {
+        const int at = column + p.padding - kx;
+        if (at < 0 || at % p.stride != 0 || at / p.stride >= p.out_width) continue;
+        float w[V], v[V];
+        depthwise_weights(p, staged, memory, weight, false, ky * p.kernel + kx, c, w);
+        load_pack(grad + ((image * p.out_height + y / p.stride) * p.out_width + at / p.stride) * p.channels + c, v);
 #pragma unroll
-  for (int j = 0; j < V; ++j)
-    values.v[j] = ff::from_float<T>(ff::finish_gradient(gate_norm, sum[j], ff::to_float(at.v[j]), c + j));
-  *reinterpret_cast<Pack *>(grad_x + pixel * p.channels + c) = values;
+        for (int j = 0; j < V; ++j) sum[j] += w[j] * v[j];
+      }
+    }
+    float at[V];
+    load_pack(gate + pixel * p.channels + c, at);
+    norm.gradient(sum, at);
+    store_pack(sum, grad_x + pixel * p.channels + c);
+  }
 }
 
 // partial: (slices, channels, k, k), of a depthwise convolution. A block takes `span` channels (a power of two up to
@@ -415,27 +497,42 @@ int run_conv(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const
   return launch_conv<T, 16>(p, x, in_norm, weight, bias, out_norm, gate, gate_norm, z, stream);
 }
 
-template <class T, int V>
-int run_depthwise(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm, T *z,
-                  cudaStream_t stream) {
+// Bytes of shared memory for a depthwise convolution's weights; 0 where they stay in global memory.
+size_t staged_bytes(const Pass &p) {
+  const size_t bytes = size_t(p.taps()) * p.channels * sizeof(float);
+  return bytes <= size_t(kSharedBytes) ? bytes : 0;
+}
+
+template <class T, int V, bool Turned>
+int run_depthwise(const Pass &p, const T *x, ff::Norm in_norm, const T *weight, const T *bias, ff::Norm out_norm,
+                  const T *gate, T *z, cudaStream_t stream) {
   const int64_t items = int64_t(p.batch) * p.out_height * ff::ceil_div(p.out_width, kAcross) * (p.channels / V);
-  const unsigned blocks = ff::blocks_for(items, kThreads, INT32_MAX);
-  if (p.kernel == 3)
-    depthwise_kernel<T, V, 3><<<blocks, kThreads, 0, stream>>>(p, x, in_norm, weight, bias, out_norm, z);
+  const unsigned blocks = ff::blocks_for(items, kThreads, kMostDepthwiseBlocks);
+  const size_t bytes = staged_bytes(p);
+  const auto launch = [&](auto kernel) {
+    kernel<<<blocks, kThreads, bytes, stream>>>(p, bytes > 0, x, in_norm, weight, bias, out_norm, gate, z);
+  };
+  if (p.kernel == 3 && p.stride == 1)
+    launch(depthwise_kernel<T, V, 3, 1, Turned>);
+  else if (p.kernel == 3 && p.stride == 2 && !Turned)
+    launch(depthwise_kernel<T, V, 3, 2, false>);
   else
-    depthwise_kernel<T, V, 0><<<blocks, kThreads, 0, stream>>>(p, x, in_norm, weight, bias, out_norm, z);
+    launch(depthwise_kernel<T, V, 0, 0, Turned>);
   return cudaGetLastError();
 }
 
+// p is the forward pass, turned that of the gradient.
 template <class T, int V>
-int run_depthwise_input_gradient(const Pass &p, const T *grad, const T *weight, const T *gate, ff::Norm gate_norm,
-                                 T *grad_x, cudaStream_t stream) {
+int run_depthwise_input_gradient(const Pass &p, const Pass &turned, const T *grad, const T *weight, const T *gate,
+                                 ff::Norm gate_norm, T *grad_x, cudaStream_t stream) {
+  if (p.stride == 1)
+    return run_depthwise<T, V, true>(turned, grad, ff::make_norm(nullptr, p.channels, FF_NONE, 0), weight, nullptr,
+                                     gate_norm, gate, grad_x, stream);
   const int64_t items = int64_t(p.batch) * p.height * p.width * (p.channels / V);
-  const unsigned blocks = ff::blocks_for(items, kThreads, INT32_MAX);
-  if (p.kernel == 3)
-    depthwise_input_gradient_kernel<T, V, 3><<<blocks, kThreads, 0, stream>>>(p, grad, weight, gate, gate_norm, grad_x);
-  else
-    depthwise_input_gradient_kernel<T, V, 0><<<blocks, kThreads, 0, stream>>>(p, grad, weight, gate, gate_norm, grad_x);
+  const unsigned blocks = ff::blocks_for(items, kThreads, kMostDepthwiseBlocks);
+  const size_t bytes = staged_bytes(p);
+  depthwise_input_gradient_kernel<T, V>
+      <<<blocks, kThreads, bytes, stream>>>(p, bytes > 0, grad, weight, gate, gate_norm, grad_x);
   return cudaGetLastError();
 }
 
@@ -464,9 +561,9 @@ extern "C" int ff_cuda_conv_forward(const void *x, const void *x_stats, int x_ac
     const T *input = static_cast<const T *>(x), *w = static_cast<const T *>(weight), *b = static_cast<const T *>(bias);
     T *output = static_cast<T *>(z);
     if (!depthwise(p)) return run_conv<T>(p, input, in, w, b, out, nullptr, out, output, s);
-    if (ff::wide(channels, ff::kWide<T>) && ff::aligned({x, z}))
-      return run_depthwise<T, ff::kWide<T>>(p, input, in, w, b, out, output, s);
-    return run_depthwise<T, 1>(p, input, in, w, b, out, output, s);
+    if (ff::wide(channels, kPack) && ff::aligned({x, z}))
+      return run_depthwise<T, kPack, false>(p, input, in, w, b, out, nullptr, output, s);
+    return run_depthwise<T, 1, false>(p, input, in, w, b, out, nullptr, output, s);
   });
 }
 
@@ -492,9 +589,9 @@ extern "C" int ff_cuda_conv_input_gradient(const void *grad, const void *weight,
     const T *g = static_cast<const T *>(grad), *w = static_cast<const T *>(weight), *gate = static_cast<const T *>(x);
     T *out = static_cast<T *>(grad_x);
     if (!depthwise(p)) return run_conv<T>(turned, g, none, w, nullptr, none, gate, gate_norm, out, s);
-    if (ff::wide(channels, ff::kWide<T>) && ff::aligned({grad, x, grad_x}))
-      return run_depthwise_input_gradient<T, ff::kWide<T>>(p, g, w, gate, gate_norm, out, s);
-    return run_depthwise_input_gradient<T, 1>(p, g, w, gate, gate_norm, out, s);
+    if (ff::wide(channels, kPack) && ff::aligned({grad, x, grad_x}))
+      return run_depthwise_input_gradient<T, kPack>(p, turned, g, w, gate, gate_norm, out, s);
+    return run_depthwise_input_gradient<T, 1>(p, turned, g, w, gate, gate_norm, out, s);
   });
 }
 

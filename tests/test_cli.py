@@ -1,5 +1,6 @@
 """The command line: detect, demo, info; bad input, exit codes, outputs that are whole or absent."""
 
+import contextlib
 import csv
 import json
 import os
@@ -363,12 +364,16 @@ def test_interruption_leaves_nothing_half_written(weights, photos, tmp_path):
     process = command(
         "detect", photos / "b.png", tmp_path / "waits.png", "-w", weights, "--json", report, stderr=subprocess.PIPE
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".r.*")) and time.monotonic() < deadline:
+    writer, deadline = None, time.monotonic() + 60
+    while writer is None and time.monotonic() < deadline:
         time.sleep(0.05)
+        with contextlib.suppress(OSError):  # until the command opens it
+            writer = os.open(tmp_path / "waits.png", os.O_WRONLY | os.O_NONBLOCK)
+    assert list(tmp_path.glob(".r.*"))
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     assert "interrupted" in process.communicate(timeout=60)[1]
+    os.close(writer)
     assert process.returncode == 130
     assert not report.exists() and not list(tmp_path.glob(".r.*"))
 

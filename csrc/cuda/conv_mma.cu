@@ -22,12 +22,14 @@ constexpr int kSumPadding = 8;  // floats between rows of sums: no bank conflict
 // A block's tile: down x across warps.
 struct Tiling {
   int down, across;
-  int depth;    // input channels in shared memory at a time
-  int padding;  // kMmaPadding
+  int depth;  // input channels in shared memory at a time
 
   __host__ __device__ int rows() const { return down * ff::kWarpTile; }
   __host__ __device__ int columns() const { return across * ff::kWarpTile; }
-  __host__ __device__ int pitch() const { return depth + padding; }
+  template <class T>
+  __host__ __device__ int pitch() const {
+    return depth + ff::kMmaPadding<T>;
+  }
   __host__ __device__ int sum_pitch() const { return columns() + kSumPadding; }
   int threads() const { return 32 * down * across; }
 };
@@ -169,10 +171,10 @@ __global__ void __launch_bounds__(kMostThreads)
   __shared__ Places places;
   const int first = blockIdx.x * tiling.rows();
   const int first_out = blockIdx.y * tiling.columns(), taps = p.taps();
-  T *input = reinterpret_cast<T *>(memory), *weights = input + tiling.rows() * tiling.pitch();
+  T *input = reinterpret_cast<T *>(memory), *weights = input + tiling.rows() * tiling.template pitch<T>();
   const int weight_rows = Turned ? tiling.depth : tiling.columns();
   const int weight_columns = Turned ? tiling.columns() : tiling.depth;
-  const int weight_pitch = weight_columns + tiling.padding;
+  const int weight_pitch = weight_columns + ff::kMmaPadding<T>;
   const WarpPlace warp(tiling);
   ff::WarpProduct<T> product;
   places.locate(p, first, tiling.rows());
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kMostThreads)
       __syncthreads();
       with_packs<T>(packs.x, [&](auto pack) {
         stage<decltype(pack)::value>(x, p.channels, 1, channel, in_norm, tiling.rows(), tiling.depth, input,
-                                     tiling.pitch(), [&](int row) { return places.pixel(p, row, tap); });
+                                     tiling.template pitch<T>(), [&](int row) { return places.pixel(p, row, tap); });
       });
       with_packs<T>(packs.weight, [&](auto pack) {
         const int first_row = Turned ? channel : first_out, all_rows = Turned ? p.channels : p.out_channels;
@@ -193,13 +195,13 @@ __global__ void __launch_bounds__(kMostThreads)
                                      [&](int row) { return first_row + row < all_rows ? first_row + row : -1; });
       });
       __syncthreads();
-      const T *left = input + warp.row * tiling.pitch();
+      const T *left = input + warp.row * tiling.template pitch<T>();
       if constexpr (Turned)
-        product.template add<ff::Lies::kAcross, ff::Lies::kAlongDepth>(left, tiling.pitch(), weights + warp.column,
-                                                                       weight_pitch, tiling.depth);
+        product.template add<ff::Lies::kAcross, ff::Lies::kAlongDepth>(
+            left, tiling.template pitch<T>(), weights + warp.column, weight_pitch, tiling.depth);
       else
         product.template add<ff::Lies::kAcross, ff::Lies::kAcross>(
-            left, tiling.pitch(), weights + warp.column * weight_pitch, weight_pitch, tiling.depth);
+            left, tiling.template pitch<T>(), weights + warp.column * weight_pitch, weight_pitch, tiling.depth);
     }
   float *sums = reinterpret_cast<float *>(memory);
   __syncthreads();
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kMostThreads)
   __shared__ Places places;
   __shared__ alignas(16) float depthwise[(kTaps + 1) * kMostDepth];  // [tap][channel], then the bias
   const int first = blockIdx.x * tiling.rows();
-  T *input = reinterpret_cast<T *>(memory), *weights = input + tiling.rows() * tiling.pitch();
+  T *input = reinterpret_cast<T *>(memory), *weights = input + tiling.rows() * tiling.template pitch<T>();
   const WarpPlace warp(tiling);
   ff::WarpProduct<T> product;
   places.locate(p, first, tiling.rows());
@@ -305,8 +307,8 @@ __global__ void __launch_bounds__(kMostThreads)
       if (c < p.channels && tap == kTaps && depthwise_bias != nullptr) v = ff::to_float(depthwise_bias[c]);
       depthwise[i] = v;
     }
-    stage<V>(weight, p.channels, 1, channel, as_it_is(), tiling.columns(), tiling.depth, weights, tiling.pitch(),
-             [&](int row) { return row < out_channels ? row : -1; });
+    stage<V>(weight, p.channels, 1, channel, as_it_is(), tiling.columns(), tiling.depth, weights,
+             tiling.template pitch<T>(), [&](int row) { return row < out_channels ? row : -1; });
     __syncthreads();
     const int packs = tiling.depth / V, c = threadIdx.x % packs * V;
     const bool inside = channel + c < p.channels;
@@ -330,12 +332,12 @@ __global__ void __launch_bounds__(kMostThreads)
       Pack values;
 #pragma unroll
       for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(v[j]);
-      *reinterpret_cast<Pack *>(input + row * tiling.pitch() + c) = values;
+      *reinterpret_cast<Pack *>(input + row * tiling.template pitch<T>() + c) = values;
     }
     __syncthreads();
-    product.template add<ff::Lies::kAcross, ff::Lies::kAcross>(input + warp.row * tiling.pitch(), tiling.pitch(),
-                                                               weights + warp.column * tiling.pitch(), tiling.pitch(),
-                                                               tiling.depth);
+    product.template add<ff::Lies::kAcross, ff::Lies::kAcross>(
+        input + warp.row * tiling.template pitch<T>(), tiling.template pitch<T>(),
+        weights + warp.column * tiling.template pitch<T>(), tiling.template pitch<T>(), tiling.depth);
   }
   float *sums = reinterpret_cast<float *>(memory);
   __syncthreads();
@@ -355,7 +357,7 @@ int attribute(cudaDeviceAttr which) {
 template <class T>
 Tiling choose_tiling(int64_t pixels, int channels, int out_channels, bool split) {
   const int most_depth = sizeof(T) == 2 ? kMostDepth : kMostDepth / 2;
-  Tiling t{4, 1, channels > 32 ? most_depth : channels > 16 ? 32 : 16, ff::kMmaPadding<T>};
+  Tiling t{4, 1, channels > 32 ? most_depth : channels > 16 ? 32 : 16};
   while (t.across < kMostWarps && t.columns() < out_channels) t.across *= 2;
   t.down = t.across < 2 ? 4 : kMostWarps / t.across;
   const int processors = attribute(cudaDevAttrMultiProcessorCount);
@@ -365,9 +367,10 @@ Tiling choose_tiling(int64_t pixels, int channels, int out_channels, bool split)
   return t;
 }
 
-size_t shared_bytes(const Tiling &t, bool turned, int bytes) {
-  const int weights = turned ? t.depth * (t.columns() + t.padding) : t.columns() * t.pitch();
-  const size_t factors = size_t(t.rows() * t.pitch() + weights) * bytes;
+template <class T>
+size_t shared_bytes(const Tiling &t, bool turned) {
+  const int weights = turned ? t.depth * (t.columns() + ff::kMmaPadding<T>) : t.columns() * t.pitch<T>();
+  const size_t factors = size_t(t.rows() * t.pitch<T>() + weights) * sizeof(T);
   const size_t sums = size_t(t.rows()) * t.sum_pitch() * sizeof(float);
   return factors > sums ? factors : sums;
 }
@@ -404,7 +407,7 @@ int product_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const
                     pack_of<T>(p.out_channels, {z, gate})};
   const dim3 grid(static_cast<unsigned>(ceil_div(p.pixels(), t.rows())),
                   static_cast<unsigned>(ceil_div(p.out_channels, t.columns())));
-  const size_t bytes = shared_bytes(t, p.transposed, sizeof(T));
+  const size_t bytes = shared_bytes<T>(t, p.transposed);
   const Norm norm = gate == nullptr ? out_norm : gate_norm;
   if (p.transposed)
     product_kernel<T, true><<<grid, t.threads(), bytes, stream>>>(p, t, packs, x, in_norm, weight, bias, norm, gate, z);
@@ -472,8 +475,8 @@ extern "C" int ff_cuda_depthwise_separable_eval(const void *x, const void *depth
   const ff::Norm out_norm = ff::make_norm(y_stats, out_channels, y_activation, y_slope);
   const auto run = [&](auto zero) -> int {
     using T = decltype(zero);
-    separable_kernel<T><<<static_cast<unsigned>(ff::ceil_div(pixels, t.rows())), t.threads(),
-                          shared_bytes(t, false, sizeof(T)), static_cast<cudaStream_t>(stream)>>>(
+    separable_kernel<T><<<static_cast<unsigned>(ff::ceil_div(pixels, t.rows())), t.threads(), shared_bytes<T>(t, false),
+                          static_cast<cudaStream_t>(stream)>>>(
         p, t, outs, static_cast<const T *>(x), static_cast<const T *>(depthwise_weight),
         static_cast<const T *>(depthwise_bias), between, static_cast<const T *>(weight), static_cast<const T *>(bias),
         out_norm, static_cast<T *>(y));

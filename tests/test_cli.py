@@ -337,7 +337,12 @@ def test_resources_that_run_out_are_one_sentence(capsys, monkeypatch, photos, er
 def command(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "featherface", *map(str, arguments)], env=environment, text=True, **options
+        [sys.executable, "-m", "featherface", *map(str, arguments)],
+        env=environment,
+        text=True,
+        # A job that a shell has put into the background ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
     )
 
 

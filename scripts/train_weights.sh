@@ -3,8 +3,8 @@
 #
 # DATA holds what docs/training.md lists; RUNS (default: runs) gets a folder for each stage. Stopped at any moment and
 # started again, it goes on where it was. The stages and their configurations are those of the shipped weights
-# (benchmarks/results/*_training*/config.toml). The two named gpu ran side by side on an H200, 100 seconds to their last
-# or last but one epoch, and on a CPU to their end; the others ran on one core of a CPU.
+# (benchmarks/results/*_training*/config.toml). The one named gpu ran for 100 seconds on an H200 and, for its last epoch and
+# a fifth, on a CPU; the others ran on one core of a CPU.
 set -euo pipefail
 data=$(cd "${1:?usage: scripts/train_weights.sh DATA [RUNS]}" && pwd)
 mkdir -p "${2:-runs}"
@@ -29,10 +29,7 @@ featherface average "$runs/v2_average.safetensors" "$runs/v2_training_long/final
 stage v2_training_wide model.weights="$runs/v2_training_long/final.safetensors"
 stage v2_training_zoom model.weights="$runs/v2_average_long.safetensors"
 featherface average "$runs/v2_training_zoom/final.safetensors" "$runs/v2_training_wide/final.safetensors" \
-  "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/v2_average_zoom.safetensors"
-stage v2_training_gpu model.weights="$runs/v2_average_zoom.safetensors"
-featherface average "$runs/v2_average_zoom.safetensors" "$runs/v2_training_gpu/final.safetensors" \
-  --share 0.5 --share 0.5 -o "$runs/featherface_v2.safetensors"
+  "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
 stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.safetensors"

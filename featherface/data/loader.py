@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -223,7 +224,7 @@ class Loader:
 
     def _ahead(self, batches: list[tuple[np.ndarray, int]], epoch: int) -> Iterator[_Undeveloped | Batch]:
         calls = [(indices, size, epoch) for indices, size in batches]
-        if self.data.store.pixels.device.type == "cpu":
+        if self.data.store.pixels.device.type == "cpu" or "fork" not in multiprocessing.get_all_start_methods():
             return in_threads(self.prepare, calls, self.workers)
         # What is left to do on a CPU is Python's own work, which threads would do one at a time.
         if self._processes is None:

@@ -78,7 +78,7 @@ class Batches:
     Attributes:
         size: views in a batch of one process.
         accumulate: batches whose gradients are added before a step.
-        workers: threads that prepare batches ahead; 0 prepares them in between.
+        workers: threads, or with pixels on a GPU processes, that prepare batches ahead; 0 prepares them in between.
         views: 0 draws new views in every epoch; n repeats them after n epochs.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +18,24 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     Missing parent folders are created. When the block raises, the temporary file is removed and an older ``path``
     is left as it was. The temporary name keeps the suffix, because many writers choose their format by it.
 
+    A symbolic link stays one: the file that it names is replaced. Devices and pipes (``/dev/null``, ``/dev/stdout``, a
+    process substitution) cannot be replaced; they receive the content when the block succeeds.
+
     Raises:
         OSError: the folder cannot be created or written to.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a directory; give the name of a file")
+    if is_stream(path):
+        with tempfile.TemporaryDirectory(prefix="featherface.") as folder:
+            temporary = Path(folder, path.name)
+            temporary.touch()
+            yield temporary
+            with open(temporary, "rb") as file, open(path, "wb") as stream:
+                shutil.copyfileobj(file, stream)
+        return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -36,6 +49,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: str | os.PathLike) -> bool:
+    """Whether ``path`` is a device, a pipe or the like, which takes bytes and has no place of its own in a folder."""
+    path = Path(path)
+    opened = str(path.absolute()).startswith(("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/"))
+    return path.exists() and (opened or not path.is_file())
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FeatherFaceError
+from ..files import is_stream
 
 Weights = Annotated[
     str | None,
@@ -73,5 +74,6 @@ def writable_file(path: Path, option: str) -> Path:
         raise FeatherFaceError(f"{option} {path} is a folder; give the name of a file")
     if path.exists() and not os.access(path, os.W_OK):
         raise FeatherFaceError(f"{option} {path} may not be overwritten (permission denied)")
-    writable_folder(path.absolute().parent, option)
+    if not is_stream(path):
+        writable_folder(Path(os.path.realpath(path)).parent, option)
     return path

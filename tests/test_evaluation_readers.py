@@ -255,3 +255,11 @@ def test_shared_sets(data_dir, name, images, boxes, landmarks):
     assert len(records) == images
     assert sum(len(record.boxes) for record in records) == boxes
     assert sum(int(record.has_landmarks.sum()) for record in records) == landmarks
+
+
+@pytest.mark.parametrize("name", ["../x.jpg", "/x.jpg", "a/../../x.jpg", "..\\x.jpg", ""])
+def test_predictions_stay_in_their_folder(tmp_path, name):
+    folder = tmp_path / "predictions"
+    with pytest.raises(DataError, match="leads out of the folder"):
+        write_predictions(folder, {"event/good.jpg": np.empty((0, 5)), name: np.empty((0, 5))})
+    assert not list(tmp_path.rglob("*.txt"))

@@ -173,8 +173,15 @@ def write_predictions(folder: str | os.PathLike, predictions: Mapping[str, np.nd
         predictions: image name -> (n, 5), ``x1 y1 x2 y2 score``.
 
     Raises:
-        DataError: a file cannot be written.
+        DataError: a file cannot be written, or a name leads out of the folder.
     """
+    for name in predictions:
+        path = PurePosixPath(image_key(name))
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            raise DataError(
+                f"the image name {name!r} leads out of the folder {folder}; predictions are named after images, whose "
+                "names must be relative paths without '..'"
+            )
     for name, rows in predictions.items():
         rows = np.asarray(rows, np.float64).reshape(-1, 5)
         key = image_key(name)

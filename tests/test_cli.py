@@ -353,6 +353,20 @@ def test_module_runs_as_the_console_script(weights, photos):
     assert err == f"featherface: error: {photos / 'missing.png'} does not exist\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_names_that_are_not_text(weights, photos, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    (tmp_path / name).write_bytes((photos / "b.png").read_bytes())
+    arguments = ["detect", tmp_path / name, "-w", weights, "-o", tmp_path / "out", "--csv", tmp_path / "o.csv"]
+    process = command(*arguments, "--json", tmp_path / "o.json", stdout=subprocess.PIPE, errors="replace")
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "caf" in out
+    assert json.loads((tmp_path / "o.json").read_text())["results"][0]["file"] == str(tmp_path / name)
+    assert (tmp_path / "out" / name).is_file()
+    process = command("detect", tmp_path / name, "-w", weights, "--json", "-", stdout=subprocess.PIPE)
+    assert json.loads(process.communicate(timeout=120)[0])["results"][0]["file"] == str(tmp_path / name)
+
+
 def test_a_closed_pipe_is_quiet(weights, photos):
     read, write = os.pipe()
     os.close(read)

@@ -55,6 +55,9 @@ def _callback(
 def run(arguments: list[str]) -> int:
     """Run the application and turn whatever happens into an exit code. See :func:`featherface.cli.main`."""
     debug = "--debug" in arguments
+    if getattr(sys.stdout, "errors", None) == "strict" and hasattr(sys.stdout, "reconfigure"):
+        # Names of files need not be text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(args=arguments, prog_name="featherface", standalone_mode=False)

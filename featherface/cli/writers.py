@@ -87,10 +87,19 @@ class CsvWriter:
 
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under ``path`` when the block succeeds; ``-`` is stdout."""
+    """A text file that appears under ``path`` when the block succeeds; ``-`` is stdout.
+
+    File names that are no UTF-8 are written with escapes such as ``\\udce9``, which JSON's readers turn back into the
+    name.
+    """
     if str(path) == "-":
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
         yield sys.stdout
         sys.stdout.flush()
         return
-    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         yield file

@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -150,16 +150,18 @@ class FaceDetector:
             model = create_model(self.model_name, weights=self.weights, fused=fused)
             self.model = model.to(memory_format=torch.channels_last)
         self.device = resolve_device(device, None if self.weights else self.model)
-        self.policy = requested_policy(fused) or _default_policy(self.device)
+        self._asked = requested_policy(fused)
+        self.policy = self._asked or _default_policy(self.device)
         self.model.eval().to(self.device)
         self.dtype = dtype
-        self.engine, self.engine_reason = self._build_engine(requested_policy(fused), given=self.weights is None)
+        self.engine, self.engine_reason = self._build_engine()
         if self.engine is None and dtype != "float32":
             raise FeatherFaceError(f"{dtype} needs the CPU engine, which does not run here: {self.engine_reason}")
         self._anchors: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
-    def _build_engine(self, asked: Policy | None, given: bool) -> tuple[Engine | None, str | None]:
+    def _build_engine(self) -> tuple[Engine | None, str | None]:
         """The CPU engine of the network, or None and the reason."""
+        asked, given = self._asked, self.weights is None
         if self.device.type != "cpu":
             return None, f"the device is {self.device}"
         if asked is None and given:
@@ -170,6 +172,19 @@ class FaceDetector:
             return build_engine(self.model, (1, 3, 64, 64), self.dtype, input="both", order="rgb"), None
         except (TypeError, ValueError, RuntimeError) as error:
             return None, str(error)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("engine", "engine_reason")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The engine is built anew: what it has planned is for the processor that it is on."""
+        vars(self).update(state)
+        self.engine, self.engine_reason = self._build_engine()
+
+    def __copy__(self) -> FaceDetector:
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
 
     def __repr__(self) -> str:
         return f"FaceDetector({self.model_name}, {self.weights or 'given module'}, {self.device})"

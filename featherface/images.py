@@ -144,6 +144,8 @@ def sources(images: ImageLike | Iterable[ImageLike]) -> tuple[Iterator[Source], 
         return iter([_source(images, 0)]), True
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim != 4:
         return iter([_source(images, None)]), True
+    if isinstance(images, (bytes, bytearray, memoryview)):
+        raise ImageError("bytes are not an image: open them with PIL.Image.open(io.BytesIO(data))")
     if not isinstance(images, Iterable):
         raise ImageError(
             f"{type(images).__name__} is not an image: expected a path, a Pillow image, an array or a tensor"

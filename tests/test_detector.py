@@ -1,5 +1,6 @@
 """FaceDetector: every kind of input, sizes, padding, tiles, batches, errors, and real photographs with the teacher."""
 
+import copy
 import io
 import itertools
 import math
@@ -70,6 +71,21 @@ def test_one_image_of_every_kind(detector, picture, tmp_path):
     ):
         check(detector.detect(image), MARKS)
     assert detector(picture).image_size == (200, 300)
+
+
+def test_a_detector_can_be_copied_and_sent_to_another_process(picture):
+    detector = FaceDetector(score_threshold=0.02)
+    expected = detector.detect(picture)
+    assert len(expected)
+    for other in (copy.copy(detector), copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert (other.engine is None) == (detector.engine is None) and other.engine_reason == detector.engine_reason
+        found = other.detect(picture)
+        assert (found.boxes == expected.boxes).all() and (found.scores == expected.scores).all()
+
+
+def test_bytes_are_no_image(detector):
+    with pytest.raises(ImageError, match="BytesIO"):
+        detector.detect(b"abc")
 
 
 def test_many_images_of_every_kind(detector, picture):

@@ -205,7 +205,28 @@ LEAST = {
     "task.ohem_ratio": 0,
     "distillation.temperature": 1e-3,
     "distillation.cache_gb": 0,
+    "data.max_side": 0,
+    "data.memory_limit_gb": 0,
+    "augmentation.min_face": 0,
+    "augmentation.brightness": 0,
+    "optimizer.weight_decay": 0,
+    "runtime.checkpoint_minutes": 0,
+    "runtime.divergence": 0,
+    **{f"task.{name}_weight": 0 for name in ("class", "box", "landmark")},
+    **{f"distillation.{name}_weight": 0 for name in ("task", "class", "box", "landmark", "feature", "unlabelled")},
 }
+SHARES = (
+    *(f"augmentation.{name}" for name in ("anchor_sampling", "mosaic", "mirror", "aliased", "distort", "grey")),
+    *(f"augmentation.{name}" for name in ("blur", "jpeg", "contrast", "saturation")),
+    "optimizer.momentum",
+    "optimizer.beta2",
+    "schedule.final",
+    "validation.score_threshold",
+    "validation.nms_threshold",
+    "distillation.mask_threshold",
+    "distillation.positive_threshold",
+)
+"""Options from 0 to 1."""
 
 
 @dataclass
@@ -248,6 +269,11 @@ class Config:
             value = getattr(getattr(self, section), name)
             if not value >= least:
                 raise ConfigError(f"{key} is {value!r}; it must be at least {least:g}")
+        for key in SHARES:
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{key} is {value!r}; it must be from 0 to 1")
         sizes = self.augmentation.sizes
         if not sizes or min(sizes) < 32 or any(size % 32 for size in sizes):
             raise ConfigError(f"augmentation.sizes is {sizes}; expected at least one side, each a multiple of 32")

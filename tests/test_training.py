@@ -427,12 +427,13 @@ def test_learning_a_few_photographs_by_heart(root, tmp_path):
         {"runtime__amp": "bf16", "task__assigner": "simota", "task__box": "eiou"},
         pytest.param({"runtime__amp": "fp16", "runtime__channels_last": False}, marks=pytest.mark.slow),
         {"optimizer__name": "sgd", "optimizer__clip": 0.0, "batches__accumulate": 2, "average__decay": 0.0},
+        {"optimizer__name": "muon"},
         {"model__name": "featherface_v2_ultra", "model__options": {"innovations": ["reuse", "dynamic"]}},
         {"distillation__teacher": "", "data__sources": [{"folder": "annotated"}], "task__assigner": "multibox"},
         pytest.param({"data__cache": "disk"}, marks=pytest.mark.slow),
         {"model__fused": "1"},
     ],
-    ids=["bf16", "fp16", "sgd", "ultra", "alone", "disk", "fused"],
+    ids=["bf16", "fp16", "sgd", "muon", "ultra", "alone", "disk", "fused"],
 )
 def test_options_run_together(root, tmp_path, changes):
     config = make_config(root, **{"schedule__epochs": 1, **changes})

@@ -93,7 +93,8 @@ class Optimizer:
     """The step.
 
     Attributes:
-        name: adamw or sgd (with Nesterov momentum).
+        name: adamw, sgd (with Nesterov momentum) or muon (Jordan et al. 2024; with adamw for depthwise convolutions and
+            all that is no convolution).
         lr: largest learning rate.
         weight_decay: of convolution and linear weights; biases, normalisation and fusion weights have none.
         momentum: of sgd; beta1 of adamw.
@@ -185,7 +186,7 @@ class Runtime:
 CHOICES = {
     "model.fused": ("", "0", "1", "require"),
     "data.cache": ("memory", "disk", "device"),
-    "optimizer.name": ("adamw", "sgd"),
+    "optimizer.name": ("muon", "adamw", "sgd"),
     "runtime.amp": ("off", "bf16", "fp16"),
 }
 LEAST = {

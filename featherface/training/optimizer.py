@@ -9,10 +9,15 @@ import torch
 from torch import nn
 
 from .config import Optimizer, Schedule
+from .muon import Muon
 
 
 def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019) or SGD with Nesterov momentum; weight decay on matrices alone."""
+    """AdamW (Loshchilov and Hutter 2019), SGD with Nesterov momentum or Muon; weight decay on matrices alone.
+
+    Muon takes the convolutions that mix channels; depthwise convolutions, maps of single channels and all else are
+    AdamW's.
+    """
     decayed, plain = [], []
     for name, parameter in network.named_parameters():
         # Fusion weights are vectors; the gates' matrices of a dynamic gate start at zero and must be free to leave it.
@@ -21,7 +26,18 @@ def build_optimizer(network: nn.Module, config: Optimizer) -> torch.optim.Optimi
     if config.name == "sgd":
         nesterov = config.momentum > 0
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, config.beta2), fused=True)
+    betas = (config.momentum, config.beta2)
+    if config.name == "muon":
+        mixing = {
+            module.weight: module.groups
+            for module in network.modules()
+            if isinstance(module, nn.Conv2d) and min(module.out_channels, module.in_channels) > module.groups
+        }
+        matrices = [parameter for parameter in decayed if parameter in mixing]
+        groups[0]["params"] = [parameter for parameter in decayed if parameter not in mixing]
+        muon = {"params": matrices, "matrices": [mixing[parameter] for parameter in matrices]}
+        return Muon([muon | {"weight_decay": config.weight_decay}, *groups], config.lr, betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
 def learning_rate(step: int, steps_per_epoch: int, schedule: Schedule, largest: float) -> float:

@@ -1,6 +1,7 @@
 """Assignment and losses against literal versions with loops."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -257,20 +258,24 @@ def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):
     box = classification = landmark = 0.0
     count = known = 0
     negatives = []
+    anchors = Counter(assignment.face[assignment.face >= 0].tolist())
+    weights = {face: number**-config.face_balance for face, number in anchors.items()}
+    mean = sum(weights[face] * anchors[face] for face in anchors) / max(sum(anchors.values()), 1)
     for image in range(bbox.shape[0]):
         easy = []
         for n in range(bbox.shape[1]):
             face, logit = int(assignment.face[image, n]), cls[image, n]
-            quality = 0.0
+            quality, weight = 0.0, 1.0
             if face >= 0:
                 count += 1
+                weight = weights[face] / mean
                 target, prior = targets.boxes[face], PRIORS[n]
                 predicted = decode_boxes(bbox[image, n], prior)
                 quality = float(overlap(predicted, target))
                 if config.box == "smooth_l1":
-                    box += float(smooth_l1(bbox[image, n], encode_boxes(target, prior)))
+                    box += weight * float(smooth_l1(bbox[image, n], encode_boxes(target, prior)))
                 else:
-                    box += float(box_loss(predicted, target, config.box))
+                    box += weight * float(box_loss(predicted, target, config.box))
                 if targets.has_landmarks[face]:
                     known += 1
                     wanted = encode_landmarks(targets.landmarks[face], prior)
@@ -278,9 +283,9 @@ def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):
             log_p = torch.log_softmax(logit, 0)
             if config.classification == "quality_focal":
                 if face >= 0 or assignment.negative[image, n]:
-                    classification += float(quality_focal(logit[1] - logit[0], torch.tensor(quality)))
+                    classification += weight * float(quality_focal(logit[1] - logit[0], torch.tensor(quality)))
             elif face >= 0:
-                classification -= float(log_p[1])
+                classification -= weight * float(log_p[1])
             elif assignment.negative[image, n]:
                 easy.append(-float(log_p[0]))
         negatives.append(sum(sorted(easy, reverse=True)[: 7 * int((assignment.face[image] >= 0).sum())]))
@@ -292,6 +297,14 @@ def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):
     }
 
 
+@pytest.fixture(params=["rows that learn", "all rows"])
+def rows(request, monkeypatch):
+    """Losses of the rows that learn, as on a CPU, and of all of them with weights of zero, as on a GPU."""
+    if request.param == "all rows":
+        for module in ("task", "distillation"):
+            monkeypatch.setattr(f"featherface.losses.{module}.rows_of", lambda mask: slice(None))
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -299,10 +312,12 @@ def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):
         Task(box="smooth_l1", landmark_weight=1.0),
         Task(assigner="atss", classification="quality_focal"),
         Task(assigner="simota", classification="quality_focal", box="eiou"),
+        Task(face_balance=1.0),
+        Task(assigner="atss", classification="quality_focal", face_balance=0.5),
     ],
-    ids=["default", "seed", "atss", "simota"],
+    ids=["default", "seed", "atss", "simota", "faces alike", "faces nearly alike"],
 )
-def test_task_loss_is_the_literal_one(config):
+def test_task_loss_is_the_literal_one(config, rows):
     targets = random_targets(5)
     generator = torch.Generator().manual_seed(1)
     bbox, cls, landmarks = (torch.randn(4, len(PRIORS), k, generator=generator) for k in (4, 2, 10))
@@ -312,7 +327,7 @@ def test_task_loss_is_the_literal_one(config):
     assert {k: float(v) for k, v in result.items()} == pytest.approx(expected, rel=1e-4)
 
 
-def test_losses_stay_finite_where_nothing_is_learnt():
+def test_losses_stay_finite_where_nothing_is_learnt(rows):
     targets = Targets.build([np.empty((0, 4))])
     bbox = torch.full((1, len(PRIORS), 4), 1e4, requires_grad=True)
     cls = torch.zeros(1, len(PRIORS), 2, requires_grad=True)
@@ -361,7 +376,7 @@ def test_seed_distillation_is_the_literal_divergence():
     assert float(result["teacher_class"]) == pytest.approx(0.7 * 16 * total / (2 * len(PRIORS)), rel=1e-4)
 
 
-def test_teachers_positives_are_distilled_literally():
+def test_teachers_positives_are_distilled_literally(rows):
     student, teacher = outputs(0), outputs(1)
     config = Distillation(
         class_kind="masked", class_weight=3.0, landmark_weight=0.1, feature_weight=0.0, unlabelled_weight=0.5

@@ -175,6 +175,11 @@ def nearest_anchors(boxes: Tensor, priors: Tensor, size: tuple[int, int], counts
     return torch.cat(nearest, 1)
 
 
+def rows_of(mask: Tensor) -> Tensor | slice:
+    """Where a mask (B, N) is set, as rows of (B N, ...). On a GPU, which would have to be waited for, all rows."""
+    return mask.flatten().nonzero()[:, 0] if mask.device.type == "cpu" else slice(None)
+
+
 def _by_overlap(positive: Tensor, value: Tensor, place: Tensor, length: int) -> Tensor:
     """(F, C) candidates -> (length,) the face of largest ``value`` at each place, the first of equals, -1 for none."""
     faces = len(positive)

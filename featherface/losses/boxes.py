@@ -81,6 +81,9 @@ def smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    extent = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
-    area_a, area_b = ((box[..., 2:] - box[..., :2]).clamp(min=0).prod(-1) for box in (a, b))
-    return extent.prod(-1), area_a, area_b
+    (a_x1, a_y1, a_x2, a_y2), (b_x1, b_y1, b_x2, b_y2) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(a_x2, b_x2) - torch.maximum(a_x1, b_x1)).clamp(min=0)
+    height = (torch.minimum(a_y2, b_y2) - torch.maximum(a_y1, b_y1)).clamp(min=0)
+    area_a = (a_x2 - a_x1).clamp(min=0) * (a_y2 - a_y1).clamp(min=0)
+    area_b = (b_x2 - b_x1).clamp(min=0) * (b_y2 - b_y1).clamp(min=0)
+    return width * height, area_a, area_b

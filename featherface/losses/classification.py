@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 
 def face_logit(cls: Tensor) -> Tensor:
@@ -12,23 +12,32 @@ def face_logit(cls: Tensor) -> Tensor:
     return cls[..., 1] - cls[..., 0]
 
 
-def ohem_cross_entropy(cls: Tensor, positive: Tensor, negative: Tensor, ratio: float = 7.0) -> Tensor:
+def ohem_cross_entropy(
+    cls: Tensor, positive: Tensor, negative: Tensor, ratio: float = 7.0, weight: Tensor | None = None
+) -> Tensor:
     """Cross entropy with hard negatives (Liu et al. 2016): all positives, and in each image the ``ratio`` times as many
     negatives of largest loss.
 
     Args:
         cls: (B, N, 2) logits.
         positive, negative: (B, N) bool.
+        weight: (B, N), of the positives; 1 by default.
 
     Returns:
         The sum, a scalar.
     """
-    loss = cross_entropy(cls.flatten(0, 1), positive.flatten().long(), reduction="none").view(positive.shape)
+    # Cross entropy of two classes, from the difference of their logits.
+    logit = face_logit(cls)
+    found = softplus(-logit) if weight is None else weight * softplus(-logit)
     wanted = (positive.sum(1, keepdim=True) * ratio).long()
+    # To know how many that are at most, a GPU would have to be waited for.
+    most = logit.shape[1]
+    if cls.device.type == "cpu" and len(wanted):
+        most = min(most, int(wanted.max()))
     # Losses are above 0 and the rest is 0, so that taking more than there are adds nothing.
-    hardest = torch.where(negative, loss, 0.0).sort(1, descending=True).values
-    rank = torch.arange(hardest.shape[1], device=cls.device)
-    return torch.where(positive, loss, 0.0).sum() + torch.where(rank < wanted, hardest, 0.0).sum()
+    hardest = torch.where(negative, softplus(logit), 0.0).topk(most, 1).values
+    rank = torch.arange(most, device=cls.device)
+    return torch.where(positive, found, 0.0).sum() + torch.where(rank < wanted, hardest, 0.0).sum()
 
 
 def quality_focal(logit: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, max_pool2d
 
+from .assignment import rows_of
 from .boxes import box_loss, decode_boxes, smooth_l1
 from .classification import face_logit, quality_focal
 
@@ -99,13 +100,20 @@ def distillation_loss(
     terms: dict[str, Tensor] = {}
     if config.class_weight:
         terms["teacher_class"] = config.class_weight * class_term(config, cls, teacher_cls, weight)
+    rows = rows_of(positive)
+    learns, strength = positive.flatten()[rows, None], strength.flatten()[rows]
+
+    # Elsewhere both are the anchor itself: no value there can overflow.
+    def chosen(own: Tensor, theirs: Tensor) -> list[Tensor]:
+        return [torch.where(learns, values.flatten(0, 1)[rows], 0.0) for values in (own, theirs)]
+
     if config.box_weight:
-        # Elsewhere both are the anchor itself: no value there can overflow.
-        own, theirs = (decode_boxes(torch.where(positive[..., None], t, 0.0), priors) for t in (bbox, teacher_bbox))
+        prior = priors.repeat(len(bbox), 1)[rows]
+        own, theirs = (decode_boxes(values, prior) for values in chosen(bbox, teacher_bbox))
         terms["teacher_box"] = config.box_weight * (strength * box_loss(own, theirs, "diou")).sum() / count
     if config.landmark_weight:
-        own, theirs = (torch.where(positive[..., None], t, 0.0) for t in (landmarks, teacher_landmarks))
-        terms["teacher_landmark"] = config.landmark_weight * (strength * smooth_l1(own, theirs)).sum() / count
+        difference = smooth_l1(*chosen(landmarks, teacher_landmarks))
+        terms["teacher_landmark"] = config.landmark_weight * (strength * difference).sum() / count
     if config.feature_weight:
         masks = foreground(probability, [feature.shape[2:] for feature in teacher_features])
         terms["teacher_feature"] = config.feature_weight * feature_term(student_features, teacher_features, masks)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .assignment import ASSIGNERS, Assignment, atss, multibox, simota
-from .boxes import BOX_LOSSES, box_loss, decode_boxes, encode_boxes, encode_landmarks, overlap, smooth_l1
+from .assignment import ASSIGNERS, Assignment, atss, multibox, rows_of, simota
+from .boxes import BOX_LOSSES, box_loss, corners, decode_boxes, encode_boxes, encode_landmarks, overlap, smooth_l1
 from .classification import face_logit, ohem_cross_entropy, quality_focal
 from .targets import Targets
 
@@ -27,6 +27,9 @@ class Task:
         ohem_ratio: negatives for each positive.
         focal_beta: exponent of the quality focal loss.
         box: smooth_l1, iou, diou or eiou.
+        face_balance: exponent g of the weights of positives: an anchor of a face that has n of them counts n^-g in the
+            class and box terms, relative to the mean. 0 counts anchors alike, 1 counts faces alike, so that small
+            faces, which have few anchors, weigh as much as large ones.
         class_weight, box_weight, landmark_weight: of the three terms.
     """
 
@@ -38,6 +41,7 @@ class Task:
     ohem_ratio: float = 7.0
     focal_beta: float = 2.0
     box: str = "diou"
+    face_balance: float = 0.0
     class_weight: float = 1.0
     box_weight: float = 2.0
     landmark_weight: float = 0.1
@@ -91,40 +95,56 @@ def task_loss(
     bbox, cls, landmarks = bbox.float(), cls.float(), landmarks.float()
     positive = assignment.positive
     count = positive.sum().clamp(min=1) if scale is None else scale
-    boxes, points, known = _gather(targets, assignment)
-    known &= positive
+    weight = _face_weights(assignment, len(targets.boxes), config.face_balance) if config.face_balance else None
 
+    rows = rows_of(positive)
+    face, learns, prior = assignment.face.flatten()[rows], positive.flatten()[rows], priors.repeat(len(bbox), 1)[rows]
+    boxes, points, known = _gather(targets, face)
     # Where an anchor learns no face, prediction and target are the anchor itself: no value there can overflow.
-    regression = torch.where(positive[..., None], bbox, 0.0)
-    own = decode_boxes(torch.zeros_like(bbox), priors)
-    boxes = torch.where(positive[..., None], boxes, own)
-    predicted = decode_boxes(regression, priors)
+    regression = torch.where(learns[:, None], bbox.flatten(0, 1)[rows], 0.0)
+    boxes = torch.where(learns[:, None], boxes, corners(prior))
+    predicted = decode_boxes(regression, prior)
     if config.box == "smooth_l1":
-        box = smooth_l1(regression, torch.where(positive[..., None], encode_boxes(boxes, priors), 0.0))
+        box = smooth_l1(regression, torch.where(learns[:, None], encode_boxes(boxes, prior), 0.0))
     else:
-        box = torch.where(positive, box_loss(predicted, boxes, config.box), 0.0)
+        box = torch.where(learns, box_loss(predicted, boxes, config.box), 0.0)
+    if weight is not None:
+        box = weight.flatten()[rows] * box
 
     if config.classification == "ohem":
-        classification = ohem_cross_entropy(cls, positive, assignment.negative, config.ohem_ratio)
+        classification = ohem_cross_entropy(cls, positive, assignment.negative, config.ohem_ratio, weight)
     else:
-        quality = torch.where(positive, overlap(predicted.detach(), boxes).clamp(0, 1), 0.0)
+        quality = torch.zeros_like(positive, dtype=torch.float32)
+        quality.view(-1)[rows] = torch.where(learns, overlap(predicted.detach(), boxes).clamp(0, 1), 0.0)
         focal = quality_focal(face_logit(cls), quality, config.focal_beta)
+        if weight is not None:
+            focal = torch.where(positive, weight * focal, focal)
         classification = torch.where(positive | assignment.negative, focal, 0.0).sum()
 
-    wanted = torch.where(known[..., None], encode_landmarks(points, priors), 0.0)
-    landmark = smooth_l1(torch.where(known[..., None], landmarks, 0.0), wanted).sum() / known.sum().clamp(min=1)
+    known = (known & learns)[:, None]
+    points = torch.where(known, encode_landmarks(points, prior), 0.0)
+    landmark = smooth_l1(torch.where(known, landmarks.flatten(0, 1)[rows], 0.0), points).sum()
     return {
         "class": config.class_weight * classification / count,
         "box": config.box_weight * box.sum() / count,
-        "landmark": config.landmark_weight * landmark,
+        "landmark": config.landmark_weight * landmark / known.sum().clamp(min=1),
     }
 
 
-def _gather(targets: Targets, assignment: Assignment) -> tuple[Tensor, Tensor, Tensor]:
-    """The box (B, N, 4), landmarks (B, N, 10) and whether they are known (B, N) of each anchor's face."""
+def _face_weights(assignment: Assignment, faces: int, exponent: float) -> Tensor:
+    """(B, N) weights of the positives, 0 elsewhere: n^-exponent over its mean, n the number of the face's anchors."""
+    positive, face = assignment.positive, assignment.face.clamp(min=0)
+    anchors = torch.zeros(max(faces, 1), device=face.device)
+    anchors.index_add_(0, face.flatten(), positive.flatten().float())
+    weight = torch.where(positive, anchors.clamp(min=1)[face] ** -exponent, 0.0)
+    return weight * (positive.sum() / weight.sum().clamp(min=1e-6))
+
+
+def _gather(targets: Targets, face: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The box (n, 4), landmarks (n, 10) and whether they are known (n,) of the faces with these numbers."""
 
     # A row of zeros at the end stands for "no face", whose number is -1.
     def padded(values: Tensor) -> Tensor:
         return torch.cat([values, values.new_zeros(1, *values.shape[1:])])
 
-    return tuple(padded(v)[assignment.face] for v in (targets.boxes, targets.landmarks, targets.has_landmarks))
+    return tuple(padded(v)[face] for v in (targets.boxes, targets.landmarks, targets.has_landmarks))

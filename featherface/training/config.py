@@ -204,6 +204,7 @@ LEAST = {
     "runtime.log_every": 1,
     "task.atss_top_k": 1,
     "task.ohem_ratio": 0,
+    "task.face_balance": 0,
     "distillation.temperature": 1e-3,
     "distillation.cache_gb": 0,
     "data.max_side": 0,

@@ -432,8 +432,10 @@ def test_learning_a_few_photographs_by_heart(root, tmp_path):
         {"distillation__teacher": "", "data__sources": [{"folder": "annotated"}], "task__assigner": "multibox"},
         pytest.param({"data__cache": "disk"}, marks=pytest.mark.slow),
         {"model__fused": "1"},
+        {"model__fused": "0", "distillation__dtype": "bfloat16"},
+        {"model__fused": "1", "distillation__dtype": "bfloat16", "distillation__feature_weight": 0.0},
     ],
-    ids=["bf16", "fp16", "sgd", "muon", "ultra", "alone", "disk", "fused"],
+    ids=["bf16", "fp16", "sgd", "muon", "ultra", "alone", "disk", "fused", "bf16 teacher", "bf16 engine"],
 )
 def test_options_run_together(root, tmp_path, changes):
     config = make_config(root, **{"schedule__epochs": 1, **changes})
@@ -454,6 +456,24 @@ def test_remembering_the_teachers_outputs_changes_nothing(root, tmp_path):
     # A convolution rounds differently in another batch, and the memory's batch was another one.
     for cached, plain in zip(rows(tmp_path / "cached", "metrics.csv"), rows(tmp_path / "plain", "metrics.csv")):
         assert float(cached["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", ["0", "1"])
+def test_a_teacher_in_bfloat16_says_nearly_the_same(root, tmp_path, fused):
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(4)) * 50
+    answers = {}
+    for dtype in ("float32", "bfloat16"):
+        config = make_config(
+            root, model__fused=fused, distillation__feature_weight=0.0, distillation__dtype=dtype, validation__every=0
+        )
+        trainer = Trainer(config, tmp_path / dtype, False, World(0, 1, torch.device("cpu")), quiet=True)
+        answers[dtype] = trainer.teacher(None, images)
+        trainer.close()
+    # An engine computes in float32 where the processor has no instructions for bfloat16.
+    rounds = trainer.teacher.engine is None or trainer.teacher.engine.computes == "bfloat16"
+    for exact, rounded in zip(answers["float32"][:3], answers["bfloat16"][:3]):
+        difference = (rounded.float() - exact).abs().mean() / exact.abs().mean()
+        assert float(difference) < 0.05 and (float(difference) > 0) == rounds
 
 
 def test_the_teacher_answers_from_memory(root):

@@ -23,6 +23,8 @@ class Distillation:
     Attributes:
         teacher: name of a model of the registry; empty: no distillation.
         weights: its weights file.
+        dtype: float32 or bfloat16, of the teacher's weights and arithmetic; the latter is faster where a processor has
+            instructions for it, and rounds what the student learns from.
         task_weight: of the loss against annotated faces, beside the terms below.
         class_weight: of the class term.
         class_kind: kl: Kullback-Leibler divergence of the softmax at ``temperature``, times its square, mean over all
@@ -41,6 +43,7 @@ class Distillation:
 
     teacher: str = "featherface_v1_ssh"
     weights: str = ""
+    dtype: str = "float32"
     task_weight: float = 1.0
     class_weight: float = 3.0
     class_kind: str = "focal"

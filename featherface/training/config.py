@@ -186,6 +186,7 @@ class Runtime:
 CHOICES = {
     "model.fused": ("", "0", "1", "require"),
     "data.cache": ("memory", "disk", "device"),
+    "distillation.dtype": ("float32", "bfloat16"),
     "optimizer.name": ("muon", "adamw", "sgd"),
     "runtime.amp": ("off", "bf16", "fp16"),
 }

@@ -93,7 +93,7 @@ class Teacher:
     def _predict(self, images: Tensor) -> Predictions:
         if self.engine is not None:
             return Predictions(*self.engine(images), ())
-        return predict(self.model, images)
+        return predict(self.model, images.to(next(self.model.parameters()).dtype))
 
 
 def check_anchors(model: nn.Module, name: str, channels: Sequence[int] = (4, 2, 10)) -> list[int]:
@@ -102,12 +102,12 @@ def check_anchors(model: nn.Module, name: str, channels: Sequence[int] = (4, 2, 
     Raises:
         CheckpointError: the model's anchors are not those of this package.
     """
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
     training = model.training
     model.eval()
     with torch.no_grad():
         size = (64, 96)
-        predictions = predict(model, torch.zeros(1, 3, *size, device=device))
+        predictions = predict(model, torch.zeros(1, 3, *size, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
     found = [tuple(tensor.shape[1:]) for tensor in predictions[:3]]
     expected = [(len(anchors(*size)), count) for count in channels]

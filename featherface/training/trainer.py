@@ -315,7 +315,10 @@ class Trainer:
         ).to(self.device)
         if self.config.runtime.channels_last:
             model.to(memory_format=torch.channels_last)
-        return Teacher(model, config.cache_gb, self.config.batches.views, self._teacher_engine(model))
+        engine = self._teacher_engine(model)
+        if config.dtype == "bfloat16":
+            model.bfloat16()
+        return Teacher(model, config.cache_gb, self.config.batches.views, engine)
 
     def _teacher_engine(self, teacher: FeatherFace) -> Engine | None:
         """The teacher's inference engine, where fused kernels were asked for and no features are distilled."""
@@ -325,7 +328,7 @@ class Trainer:
             return None
         size = self.config.augmentation.sizes[0]
         try:
-            return build_engine(teacher, (1, 3, size, size), outputs="raw")
+            return build_engine(teacher, (1, 3, size, size), self.config.distillation.dtype, outputs="raw")
         except (TypeError, ValueError, RuntimeError) as error:
             if policy.mode == "require":
                 raise

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ffkernels import Policy
+from ffkernels import Policy, cpu
+from ffkernels.cpu.conv import empty_nhwc
 from ffkernels.ops.crop_resize import crop_resize
 from ffkernels.ops.preprocess import MEAN
 
@@ -362,34 +363,42 @@ def develop(images: Tensor, look: Look) -> Tensor:
         look: on the CPU.
 
     Returns:
-        (B, 3, S, S) float32, exactly 0 outside the photograph.
+        (B, 3, S, S) float32, channels last, exactly 0 outside the photograph.
     """
-    x = torch.empty(images.shape, device=images.device)
-    # On a CPU one image at a time, which its cache can hold.
-    together = 1 if images.device.type == "cpu" else max(len(images), 1)
-    for first in range(0, len(images), together):
-        part = slice(first, first + together)
-        _develop(images[part], Look(*(values[part] for values in look)), x[part])
+    if images.device.type != "cpu":
+        return _develop(images, look).contiguous(memory_format=torch.channels_last)
+    x = _kept(images.shape)
+    # One image at a time, which a cache can hold.
+    for number in range(len(images)):
+        part = slice(number, number + 1)
+        x[part] = _develop(images[part], Look(*(values[part] for values in look)))
     return x
 
 
-def _develop(images: Tensor, look: Look, x: Tensor) -> None:
+def _kept(shape: torch.Size) -> Tensor:
+    """Memory for a batch, where possible that of one before: that of the system costs more than computing the views."""
+    if cpu.unavailable() is None:
+        return empty_nhwc(tuple(shape), torch.empty(0))
+    return torch.empty(shape, memory_format=torch.channels_last)
+
+
+def _develop(images: Tensor, look: Look) -> Tensor:
     device, (batch, _, height, width) = images.device, images.shape
     # Rows of the matrix from the last to the first: blue, green, red.
     matrix, offset = look.matrix.flip(1).to(device), look.offset.to(device)
-    torch.baddbmm(offset[:, None, None].expand(batch, 3, 1), matrix, images.flatten(2).float(), out=x.flatten(2))
-    x.clamp_(0, 255)
+    offsets = offset[:, None, None].expand(batch, 3, 1)
+    x = torch.baddbmm(offsets, matrix, images.flatten(2).float()).view(batch, 3, height, width).clamp_(0, 255)
     if blurred := [i for i, sigma in enumerate(look.sigma) if sigma > 0]:
         x[blurred] = blur(x[blurred], [look.sigma[i] for i in blurred])
     if compressed := [i for i, quality in enumerate(look.quality) if quality > 0]:
         x[compressed] = jpeg(x[compressed].flip(1), [look.quality[i] for i in compressed]).flip(1)
     x -= torch.tensor(MEAN, dtype=torch.float32, device=device).view(3, 1, 1)
     if bool((look.windows[:, 0] == torch.tensor([0, 0, width, height])).all()):
-        return
+        return x
     x1, y1, x2, y2 = look.windows.to(device)[..., None].unbind(2)
     columns, rows = torch.arange(width, device=device), torch.arange(height, device=device)
     across, down = (columns >= x1) & (columns < x2), (rows >= y1) & (rows < y2)
-    x.mul_((down[..., None] & across[:, :, None]).any(1, keepdim=True))
+    return x.mul_((down[..., None] & across[:, :, None]).any(1, keepdim=True))
 
 
 def blur(images: Tensor, sigma: list[float]) -> Tensor:

@@ -456,9 +456,9 @@ class Trainer:
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted terms of one batch."""
         config, runtime = self.config, self.config.runtime
-        images = batch.images
-        if runtime.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = batch.images.contiguous(
+            memory_format=torch.channels_last if runtime.channels_last else torch.contiguous_format
+        )
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.amp)
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             student = Predictions(*self.model(images))

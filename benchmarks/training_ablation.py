@@ -53,6 +53,12 @@ V2 = {
         'data.sources=[{folder="faces/wider_val_train", validation=0.1}, {folder="faces/eden_mask"}]'
     ],
     "random backbone": ["model.backbone_weights="],
+    "lr 0.004": ["optimizer.lr=0.004"],
+    "Muon": ["optimizer.name=muon"],
+    "Muon, lr 0.004": ["optimizer.name=muon", "optimizer.lr=0.004"],
+    "faces alike": ["task.face_balance=1"],
+    "Muon, faces alike": ["optimizer.name=muon", "task.face_balance=1"],
+    "landmark term 0.1": ["distillation.landmark_weight=0.1"],
 }
 INNOVATIONS = {"ultra": ["model.name=featherface_v2_ultra"]} | {
     f"ultra without {name}": [
@@ -87,7 +93,7 @@ def configuration(arguments: argparse.Namespace, changes: list[str]) -> Config:
         f"runtime.device={arguments.device}",
         f"runtime.amp={arguments.amp}",
     ]
-    return override(preset("default"), [*shared, *changes, *arguments.set])
+    return override(preset("default"), [*shared, *arguments.set, *changes])
 
 
 def stem(name: str) -> str:
@@ -156,7 +162,7 @@ def main() -> None:
     parser.add_argument("--amp", default="off")
     parser.add_argument("--replicates", type=int, default=1000)
     parser.add_argument("--stop-after", type=float, help="minutes in all; repeat the command to go on")
-    parser.add_argument("--set", action="append", default=[], help="section.option=value for every variant")
+    parser.add_argument("--set", action="append", default=[], help="section.option=value for variants that do not change it")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.stop_after if arguments.stop_after else None
     chosen = variants(arguments.groups)

@@ -162,7 +162,9 @@ def main() -> None:
     parser.add_argument("--amp", default="off")
     parser.add_argument("--replicates", type=int, default=1000)
     parser.add_argument("--stop-after", type=float, help="minutes in all; repeat the command to go on")
-    parser.add_argument("--set", action="append", default=[], help="section.option=value for variants that do not change it")
+    parser.add_argument(
+        "--set", action="append", default=[], help="section.option=value, for variants that do not set it"
+    )
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.stop_after if arguments.stop_after else None
     chosen = variants(arguments.groups)

@@ -31,9 +31,11 @@ stage v2_training_zoom model.weights="$runs/v2_average_long.safetensors"
 featherface average "$runs/v2_training_zoom/final.safetensors" "$runs/v2_training_wide/final.safetensors" \
   "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/v2_average_wide.safetensors"
 stage v2_training_muon model.weights="$runs/v2_average_wide.safetensors"
+featherface average "$runs/v2_training_muon/final.safetensors" "$runs/v2_average_wide.safetensors" \
+  --share 0.7 --share 0.3 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
 stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.safetensors"
 stage v2_ultra_training_gpu model.weights="$runs/v2_ultra_training_sizes/final.safetensors"
 stage v2_ultra_training_muon model.weights="$runs/v2_ultra_training_gpu/final.safetensors"
-echo "V2: $runs/v2_training_muon/final.safetensors; Ultra: $runs/v2_ultra_training_muon/final.safetensors"
+echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_muon/final.safetensors"

@@ -74,7 +74,7 @@ def test_one_image_of_every_kind(detector, picture, tmp_path):
 
 
 def test_a_detector_can_be_copied_and_sent_to_another_process(picture):
-    detector = FaceDetector(score_threshold=0.02)
+    detector = FaceDetector(score_threshold=1e-4)
     expected = detector.detect(picture)
     assert len(expected)
     for other in (copy.copy(detector), copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):

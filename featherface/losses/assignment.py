@@ -13,7 +13,7 @@ from torch import Tensor
 
 from featherface.models.anchors import STEPS, level_sizes
 
-from .boxes import EPSILON, corners, decode_boxes, overlap, pairwise_overlap
+from .boxes import EPSILON, areas, corners, decode_boxes, overlap, pairwise_overlap
 from .targets import Targets
 
 ASSIGNERS = ("multibox", "atss", "simota")
@@ -201,11 +201,8 @@ def _lowest(number: Tensor, index: Tensor, shape: tuple[int, ...], none: int) ->
 def _negatives(face: Tensor, targets: Targets, priors: Tensor) -> Tensor:
     """Anchors that learn background. An anchor half of which lies in an ignored region learns nothing."""
     batch, count = face.shape
-    boxes, ignored = corners(priors)[None], targets.ignored[:, None]
-    extent = (torch.minimum(boxes[..., 2:], ignored[..., 2:]) - torch.maximum(boxes[..., :2], ignored[..., :2])).clamp(
-        min=0
-    )
-    share = extent.prod(-1) / (priors[:, 2] * priors[:, 3])
+    intersection, _, _ = areas(corners(priors), targets.ignored[:, None])
+    share = intersection / (priors[:, 2] * priors[:, 3])
     hidden = share.new_zeros(batch, count)
-    hidden.scatter_reduce_(0, targets.ignored_image[:, None].expand(len(ignored), count), share, "amax")
+    hidden.scatter_reduce_(0, targets.ignored_image[:, None].expand(len(share), count), share, "amax")
     return (face < 0) & (hidden < IGNORED_SHARE) & targets.labelled[:, None]

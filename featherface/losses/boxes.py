@@ -39,7 +39,7 @@ def decode_boxes(bbox: Tensor, priors: Tensor) -> Tensor:
 
 def overlap(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of boxes that belong together: (..., 4) and (..., 4) -> (...)."""
-    intersection, area_a, area_b = _areas(a, b)
+    intersection, area_a, area_b = areas(a, b)
     return intersection / (area_a + area_b - intersection).clamp(min=EPSILON**2)
 
 
@@ -80,7 +80,8 @@ def smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.smooth_l1_loss(predicted, target, reduction="none").sum(-1)
 
 
-def _areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def areas(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Areas of the intersection and of each box, (..., 4) and (..., 4) -> three of (...)."""
     (a_x1, a_y1, a_x2, a_y2), (b_x1, b_y1, b_x2, b_y2) = a.unbind(-1), b.unbind(-1)
     width = (torch.minimum(a_x2, b_x2) - torch.maximum(a_x1, b_x1)).clamp(min=0)
     height = (torch.minimum(a_y2, b_y2) - torch.maximum(a_y1, b_y1)).clamp(min=0)

@@ -247,11 +247,37 @@ def test_ohem_takes_the_hardest_negatives_of_each_image():
     assert float(ohem_cross_entropy(cls, positive, negative)) == pytest.approx(total, rel=1e-5)
 
 
-def test_quality_focal_is_its_formula():
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_quality_focal_is_its_formula(beta):
     for logit, quality in ((0.3, 0.0), (-2.0, 0.7), (4.0, 1.0)):
         p = 1 / (1 + math.exp(-logit))
-        expected = -(abs(quality - p) ** 2) * (quality * math.log(p) + (1 - quality) * math.log(1 - p))
-        assert float(quality_focal(torch.tensor(logit), torch.tensor(quality))) == pytest.approx(expected, rel=1e-5)
+        expected = -(abs(quality - p) ** beta) * (quality * math.log(p) + (1 - quality) * math.log(1 - p))
+        result = quality_focal(torch.tensor(logit), torch.tensor(quality), beta)
+        assert float(result) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_quality_focal_has_a_finite_gradient_where_prediction_and_quality_agree(beta):
+    logit = torch.tensor([0.0, -1e4, 1e4], requires_grad=True)
+    quality_focal(logit, torch.tensor([0.5, 0.0, 1.0]), beta).sum().backward()
+    assert torch.equal(logit.grad, torch.zeros(3))
+
+
+@pytest.mark.parametrize("section", [Task, Distillation])
+def test_exponents_without_a_finite_gradient_are_refused(section):
+    for beta in (-1.0, 0.5, float("nan")):
+        with pytest.raises(ValueError, match="focal_beta"):
+            section(focal_beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_teachers_focal_term_has_its_exponent(beta):
+    student, teacher = outputs(0), outputs(1)
+    config = Distillation(focal_beta=beta, class_weight=1.5, box_weight=0, landmark_weight=0, feature_weight=0)
+    result = distillation_loss(config, student, teacher, PRIORS, torch.tensor([True, True]))
+    q, p = (torch.softmax(out[1].double(), 2)[..., 1] for out in (teacher, student))
+    focal = (q - p).abs() ** beta * -(q * p.log() + (1 - q) * (1 - p).log())
+    assert float(result["teacher_class"]) == pytest.approx(float(1.5 * focal.sum() / q.sum()), rel=1e-4)
 
 
 def literal_task_loss(config, bbox, cls, landmarks, targets, assignment):

@@ -40,12 +40,23 @@ def ohem_cross_entropy(
     return torch.where(positive, found, 0.0).sum() + torch.where(rank < wanted, hardest, 0.0).sum()
 
 
+def check_beta(beta: float) -> None:
+    """Refuses exponents of the quality focal loss whose gradient is infinite where prediction and quality agree.
+
+    Raises:
+        ValueError: beta is neither 0 nor at least 1.
+    """
+    if beta != 0 and not beta >= 1:
+        raise ValueError(f"focal_beta is {beta}; it must be 0 or at least 1")
+
+
 def quality_focal(logit: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
     """Quality focal loss of each anchor (Li et al. 2020, equation 2): |q - p|^beta * BCE(p, q), p = sigmoid(logit).
 
     Args:
         logit: (...).
         quality: (...), 0 to 1: the overlap that a positive reached, 0 for a negative.
+        beta: 0 for plain cross entropy, or at least 1.
     """
     weight = (torch.sigmoid(logit) - quality).abs().pow(beta)
     return weight * binary_cross_entropy_with_logits(logit, quality, reduction="none")

@@ -11,7 +11,7 @@ from torch.nn.functional import log_softmax, max_pool2d
 
 from .assignment import rows_of
 from .boxes import box_loss, decode_boxes, smooth_l1
-from .classification import face_logit, quality_focal
+from .classification import check_beta, face_logit, quality_focal
 
 CLASS_TERMS = ("kl", "masked", "focal")
 
@@ -31,6 +31,7 @@ class Distillation:
             anchors (Hinton et al. 2015); masked: squared difference of probabilities where teacher or student are
             unsure or positive (after Liang et al. 2020, TDKD); focal: the quality focal loss with the teacher's
             probability as quality.
+        focal_beta: exponent of focal: 0, for the cross entropy with the teacher's probability, or at least 1.
         temperature: of kl.
         mask_threshold: probability from which on masked looks at an anchor.
         box_weight: of one minus DIoU with the teacher's boxes, on its positives.
@@ -47,6 +48,7 @@ class Distillation:
     task_weight: float = 1.0
     class_weight: float = 3.0
     class_kind: str = "focal"
+    focal_beta: float = 2.0
     temperature: float = 4.0
     mask_threshold: float = 0.1
     box_weight: float = 1.0
@@ -59,6 +61,7 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.class_kind not in CLASS_TERMS:
             raise ValueError(f"class_kind is {self.class_kind!r}; choose from: {', '.join(CLASS_TERMS)}")
+        check_beta(self.focal_beta)
 
 
 class FeatureAdapters(nn.Module):
@@ -132,7 +135,7 @@ def class_term(config: Distillation, cls: Tensor, teacher_cls: Tensor, weight: T
     logit, quality = face_logit(cls), torch.sigmoid(face_logit(teacher_cls))
     count = (weight * quality).sum().clamp(min=1)
     if config.class_kind == "focal":
-        return (weight * quality_focal(logit, quality)).sum() / count
+        return (weight * quality_focal(logit, quality, config.focal_beta)).sum() / count
     own = torch.sigmoid(logit)
     mask = (quality > config.mask_threshold) | (own.detach() > config.mask_threshold)
     return (weight * torch.where(mask, (own - quality).square(), 0.0)).sum() / count

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .assignment import ASSIGNERS, Assignment, atss, multibox, rows_of, simota
 from .boxes import BOX_LOSSES, box_loss, corners, decode_boxes, encode_boxes, encode_landmarks, overlap, smooth_l1
-from .classification import face_logit, ohem_cross_entropy, quality_focal
+from .classification import check_beta, face_logit, ohem_cross_entropy, quality_focal
 from .targets import Targets
 
 CLASSIFICATIONS = ("ohem", "quality_focal")
@@ -25,7 +25,7 @@ class Task:
         atss_top_k: see :func:`featherface.losses.assignment.atss`.
         classification: ohem (cross entropy with hard negatives) or quality_focal.
         ohem_ratio: negatives for each positive.
-        focal_beta: exponent of the quality focal loss.
+        focal_beta: exponent of the quality focal loss: 0, for plain cross entropy, or at least 1.
         box: smooth_l1, iou, diou or eiou.
         face_balance: exponent g of the weights of positives: an anchor of a face that has n of them counts n^-g in the
             class and box terms, relative to the mean. 0 counts anchors alike, 1 counts faces alike, so that small
@@ -54,6 +54,7 @@ class Task:
         ):
             if value not in choices:
                 raise ValueError(f"{name} is {value!r}; choose from: {', '.join(choices)}")
+        check_beta(self.focal_beta)
 
 
 def assign(

@@ -55,6 +55,25 @@ class BatchNorm(NamedTuple):
         return cls(module.weight, module.bias, running_mean, running_var, training, momentum, module.eps)
 
 
+def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """Weight, bias, running mean and running variance for kernels of ``dtype``; in training they read no statistics.
+
+    A dtype narrower than that of the statistics may not hold them: a variance of 83,378 is infinite in float16. There
+    the affine takes them in: weight / sqrt(var + eps), bias - mean * that, and statistics of 0 and 1.
+    """
+    if bn is None:
+        return (None,) * 4
+    if bn.training:
+        return bn.weight, bn.bias, None, None
+    mean, var = bn.running_mean, bn.running_var
+    if torch.promote_types(dtype, var.dtype) == dtype:
+        return bn.weight, bn.bias, mean, var
+    scale = torch.rsqrt(var + bn.eps)
+    scale = scale if bn.weight is None else scale * bn.weight
+    shift = -mean * scale if bn.bias is None else bn.bias - mean * scale
+    return scale, shift, torch.zeros_like(mean), torch.ones_like(var)
+
+
 def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, int]]) -> None:
     """``running = (1 - momentum) * running + momentum * batch`` for (bn, mean, biased variance, values per channel)."""
     tracked = [use for use in uses if use[0].running_mean is not None]

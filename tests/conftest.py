@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import ffkernels.cuda
+from ffkernels.ops import checks
 
 # References are float32 where they say so.
 torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -35,3 +36,17 @@ def teacher_weights(data_dir: Path) -> Path:
     if not path.is_file():
         pytest.skip(f"{path} is missing")
     return path
+
+
+@pytest.fixture
+def autocast(monkeypatch):
+    """``torch.autocast`` as kernels of a GPU understand it, on the CPU too, where it would mean float32 for them."""
+
+    def context(gpu, dtype, enabled=True):
+        if gpu.emulated:
+            monkeypatch.setattr(
+                checks, "autocast_dtype", lambda kind: dtype if torch.is_autocast_enabled(kind) else None
+            )
+        return torch.autocast(gpu.device, dtype, enabled=enabled)
+
+    return context

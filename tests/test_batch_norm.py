@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels import BatchNorm
-from ffkernels.batch_norm import update_running_statistics
+from ffkernels.batch_norm import normalisation_tensors, update_running_statistics
 
 
 def run(module: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
@@ -65,3 +65,31 @@ def test_running_statistics(dense, dtype):
     assert all(
         bn.running_mean._version > v[0] and bn.running_var._version > v[1] for (bn, *_), v in zip(uses, versions)
     )
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_narrower_dtype_gets_the_statistics_as_part_of_the_affine(affine):
+    torch.manual_seed(0)
+    module = nn.BatchNorm2d(3, affine=affine)
+    module.running_mean.copy_(torch.tensor([-0.01, 0.5, 900.0]))
+    module.running_var.copy_(torch.tensor([1e-5, 2.0, 83378.0]))
+    if affine:
+        nn.init.uniform_(module.weight)
+        nn.init.uniform_(module.bias)
+    module.eval()
+    x = torch.randn(2, 3, 4, 4) * module.running_var.view(1, -1, 1, 1).sqrt() + module.running_mean.view(1, -1, 1, 1)
+    for dtype, same in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)):
+        bn = BatchNorm.of(module)
+        weight, bias, mean, var = normalisation_tensors(bn, dtype)
+        assert (var is bn.running_var) == same == (mean is bn.running_mean)
+        y = F.batch_norm(x, mean, var, weight, bias, eps=bn.eps)
+        torch.testing.assert_close(y, module(x), rtol=1e-4, atol=1e-4)
+    if affine:
+        weight.sum().backward()
+        assert module.weight.grad is not None
+
+
+def test_training_reads_no_statistics():
+    bn = BatchNorm.of(nn.BatchNorm2d(3))
+    assert normalisation_tensors(bn, torch.float16) == (bn.weight, bn.bias, None, None)
+    assert normalisation_tensors(None, torch.float16) == (None,) * 4

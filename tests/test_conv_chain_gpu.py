@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backends import FORMATS, backend_dtypes, backends
-from helpers import compare_kernel
+from helpers import compare_kernel, convert
 from layers import leaves, tensor
 from test_conv_chain_cpu import CASES, DW, PW, copies, make_units
 
@@ -40,6 +40,27 @@ def test_half_precision(gpu, dtype, case, kind):
     torch.manual_seed(1)
     arguments = tensor(3, channels, *size), make_units(channels, layers, kind)
     compare_kernel(kernel_of(gpu), reference, arguments, dtype, gpu.device)
+
+
+@pytest.mark.parametrize("gpu,dtype", [p for p in GPU_DTYPES if p.values[1] != torch.float32])
+def test_autocast_keeps_statistics_that_the_dtype_cannot_hold(gpu, dtype, autocast):
+    """The published V1's first normalisation has a variance of 83,378, which is infinite in float16."""
+    torch.manual_seed(4)
+    units = make_units(3, [(8, 3, 1, 2, False, "leaky_relu"), (8, 1, 1, 1, True, "none")], "eval")
+    with torch.no_grad():
+        for tensor_ in (units[0].conv.weight, units[0].bn.running_mean):
+            tensor_.mul_(1000)
+        units[0].bn.running_var.mul_(1e6)
+    x = tensor(2, 3, 9, 7)
+    exact = reference(x, units)
+    own_x, own_units = convert((x, units), torch.float32, gpu.device)
+    with autocast(gpu, dtype):
+        y = kernel_of(gpu)(own_x, own_units)
+    assert y.dtype is dtype
+    y.float().mean().backward()
+    assert own_x.grad.dtype is torch.float32 and own_units[0].bn.weight.grad.isfinite().all()
+    error = (y.detach().double().cpu() - exact.detach()).abs().max()
+    assert error <= 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["untracked", "plain"])

@@ -46,6 +46,49 @@ def test_v2_forward_and_backward(gpu):
         assert (mine - exact).norm() <= 3 * (theirs - exact).norm() + 1e-5 * exact.norm()
 
 
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@pytest.mark.slow
+@HALF
+@pytest.mark.parametrize("gpu", GPUS)
+def test_v2_training_under_autocast(gpu, dtype, autocast):
+    torch.manual_seed(2)
+    plain = away_from_thresholds(create_model("featherface_v2", fused=False)).double().train()
+    single = copy.deepcopy(plain).float().to(gpu.device)
+    fused = set_fused(copy.deepcopy(single), gpu.policy)
+    x = torch.randn(4, 3, *((32, 32) if gpu.emulated else (160, 192)), dtype=torch.float64)
+    results = []
+    for model in (fused, single, plain):
+        with autocast(gpu, dtype, model is not plain):
+            outputs = model(x.to(next(model.parameters())))
+        assert model is plain or all(y.dtype is dtype for y in outputs)
+        sum(y.to(next(model.parameters()).dtype).square().mean() for y in outputs).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        results.append([v.detach().double().cpu() for v in (*outputs, gradient)])
+    for mine, theirs, exact in zip(*results):
+        assert (mine - exact).norm() <= 3 * (theirs - exact).norm() + 1e-3 * exact.norm()
+
+
+@pytest.mark.slow
+@HALF
+@pytest.mark.parametrize("gpu", GPUS)
+def test_v1_evaluation_under_autocast(gpu, dtype, autocast):
+    torch.manual_seed(3)
+    plain = randomize(create_model("featherface_v1_ssh", fused=False)).eval()
+    single = copy.deepcopy(plain).to(gpu.device)
+    fused = set_fused(copy.deepcopy(single), gpu.policy)
+    exact = plain.double()
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        wanted = exact(x.double())
+        with autocast(gpu, dtype):
+            results = [model(x.to(gpu.device)) for model in (fused, single)]
+    for mine, theirs, want in zip(*results, wanted):
+        mine, theirs = mine.double().cpu(), theirs.double().cpu()
+        assert (mine - want).norm() <= 2 * (theirs - want).norm() + 1e-3 * want.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPUS)
 def test_v2_evaluation_in_half_precision(gpu):

@@ -77,8 +77,14 @@ def values_per_channel(op: str, shape: tuple[int, ...]) -> None:
         fail(op, f"expected more than 1 value per channel when training, got input size {tuple(shape)}")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What kernels compute in under autocast: its dtype on a GPU, float32 on the CPU. None without autocast."""
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.float32 if device_type == "cpu" else torch.get_autocast_dtype(device_type)
+
+
 def autocast_input(x: Tensor) -> Tensor:
-    """``x`` in float32 where autocast made it half precision: kernels of the CPU compute in float32."""
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return x.float()
-    return x
+    """``x`` in :func:`autocast_dtype`, where autocast is on; float64 stays, as with PyTorch's own operations."""
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype is torch.float64 else x.to(dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import update_running_statistics
+from ..batch_norm import normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ConvUnit
@@ -240,8 +240,8 @@ def conv_chain(x: Tensor, units: Sequence[ConvUnit], *, policy: Policy | None = 
         policy: how to run it; None follows :func:`ffkernels.use`, then the environment.
 
     Returns:
-        (B, O, H', W'), O and the size as the units make them, in the dtype and memory format of x. Under autocast a
-        half-precision x is converted to float32, in which the CPU kernels compute.
+        (B, O, H', W'), O and the size as the units make them, in the dtype and memory format of x. Under autocast that
+        is autocast's dtype on a GPU, and float32, in which the CPU kernels compute, on the CPU.
 
     Raises:
         ValueError: shapes do not fit each other, or an activation is unknown.
@@ -316,9 +316,7 @@ def flatten(x: Tensor, units: Sequence[ConvUnit]) -> tuple[list[int], list[float
         mode = NO_BATCH_NORM if bn is None else BATCH_STATISTICS if bn.training else GIVEN_STATISTICS
         integers += (conv.stride, conv.padding, conv.groups, checks.ACTIVATIONS.index(unit.activation), mode)
         floats += (unit.negative_slope, 0.0 if bn is None else bn.eps)
-        statistics = (bn.running_mean, bn.running_var) if mode == GIVEN_STATISTICS else (None, None)
-        affine = (None, None) if bn is None else (bn.weight, bn.bias)
-        tensors = (conv.weight, conv.bias, *affine, *statistics)
+        tensors = (conv.weight, conv.bias, *normalisation_tensors(bn, x.dtype))
         params += [
             t if t is None or (t.dtype is x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
             for t in tensors

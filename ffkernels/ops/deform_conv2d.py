@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import BatchNorm, update_running_statistics
+from ..batch_norm import BatchNorm, normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ConvParams
@@ -184,9 +184,8 @@ def _call(
         checks.values_per_channel(OP, (x.shape[0], conv.weight.shape[0], *offset.shape[2:]))
     integers = [conv.stride, conv.padding, conv.groups, checks.ACTIVATIONS.index(activation), mode]
     floats = [negative_slope, 0.0 if bn is None else bn.eps]
-    statistics = (bn.running_mean, bn.running_var) if mode == GIVEN_STATISTICS else (None, None)
-    affine = (None, None) if bn is None else (bn.weight, bn.bias)
-    params = [t if t is None else t.to(x.dtype).contiguous() for t in (conv.weight, conv.bias, *affine, *statistics)]
+    tensors = (conv.weight, conv.bias, *normalisation_tensors(bn, x.dtype))
+    params = [t if t is None else t.to(x.dtype).contiguous() for t in tensors]
     if record:
         y, *stats = _DeformConv.apply(x, offset, mask, integers, floats, backend, *params)
     else:
@@ -245,8 +244,6 @@ def deform_conv2d(
     checks.activation(OP, activation)
     record = checks.needs_grad(x, offset, mask, conv, bn)
     x, offset, mask = (checks.autocast_input(t) for t in (x, offset, mask))
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        offset, mask = offset.to(x.dtype), mask.to(x.dtype)
     same = x.dtype == offset.dtype == mask.dtype
     backend = registry.select(OP, x, policy or call_policy(), record, same_dtype=same, square=kh == kw)
     if backend == "reference" or x.numel() == 0 or offset.numel() == 0:

@@ -58,6 +58,8 @@ V2 = {
     "Muon, lr 0.004": ["optimizer.name=muon", "optimizer.lr=0.004"],
     "faces alike": ["task.face_balance=1"],
     "Muon, faces alike": ["optimizer.name=muon", "task.face_balance=1"],
+    "class term's exponent 1": ["distillation.focal_beta=1"],
+    "class term's exponent 0": ["distillation.focal_beta=0", "distillation.class_weight=1"],
     "landmark term 0.1": ["distillation.landmark_weight=0.1"],
 }
 INNOVATIONS = {"ultra": ["model.name=featherface_v2_ultra"]} | {

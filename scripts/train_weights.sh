@@ -32,6 +32,9 @@ featherface average "$runs/v2_training_zoom/final.safetensors" "$runs/v2_trainin
   "$runs/v2_average_long.safetensors" --share 0.35 --share 0.25 --share 0.4 -o "$runs/v2_average_wide.safetensors"
 stage v2_training_muon model.weights="$runs/v2_average_wide.safetensors"
 featherface average "$runs/v2_training_muon/final.safetensors" "$runs/v2_average_wide.safetensors" \
+  --share 0.7 --share 0.3 -o "$runs/v2_average_muon.safetensors"
+stage v2_training_restart model.weights="$runs/v2_average_muon.safetensors"
+featherface average "$runs/v2_training_restart/final.safetensors" "$runs/v2_average_muon.safetensors" \
   --share 0.7 --share 0.3 -o "$runs/featherface_v2.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"

@@ -78,8 +78,9 @@ def values_per_channel(op: str, shape: tuple[int, ...]) -> None:
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What kernels compute in under autocast: its dtype on a GPU, float32 on the CPU. None without autocast."""
-    if not torch.is_autocast_enabled(device_type):
+    """What kernels compute in under autocast: its dtype on a GPU, float32 on the CPU. None without autocast, as on the
+    meta device, for which PyTorch has none."""
+    if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return None
     return torch.float32 if device_type == "cpu" else torch.get_autocast_dtype(device_type)
 

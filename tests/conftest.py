@@ -42,11 +42,11 @@ def teacher_weights(data_dir: Path) -> Path:
 def autocast(monkeypatch):
     """``torch.autocast`` as kernels of a GPU understand it, on the CPU too, where it would mean float32 for them."""
 
-    def context(gpu, dtype, enabled=True):
+    def context(gpu, dtype):
         if gpu.emulated:
             monkeypatch.setattr(
                 checks, "autocast_dtype", lambda kind: dtype if torch.is_autocast_enabled(kind) else None
             )
-        return torch.autocast(gpu.device, dtype, enabled=enabled)
+        return torch.autocast(gpu.device, dtype)
 
     return context

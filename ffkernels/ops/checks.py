@@ -37,7 +37,7 @@ def convolution(op: str, name: str, conv: ConvParams, like: Tensor, channels: in
         fail(op, f"{name}.bias must be ({weight.shape[0]},), got {tuple(conv.bias.shape)}")
     if conv.stride < 1 or conv.padding < 0:
         fail(op, f"{name} needs stride >= 1 and padding >= 0, got {conv.stride} and {conv.padding}")
-    if weight.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if weight.dtype != like.dtype and autocast_dtype(like.device.type) is None:
         fail(op, f"{name}.weight is {weight.dtype} and the input {like.dtype}: convert one of them, or use autocast")
     if weight.device != like.device:
         fail(op, f"{name}.weight is on {weight.device} and the input on {like.device}: move one of them")

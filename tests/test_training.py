@@ -433,7 +433,7 @@ def test_learning_a_few_photographs_by_heart(root, tmp_path):
         pytest.param({"data__cache": "disk"}, marks=pytest.mark.slow),
         {"model__fused": "1"},
         {"model__fused": "0", "distillation__dtype": "bfloat16"},
-        {"model__fused": "1", "distillation__dtype": "bfloat16", "distillation__feature_weight": 0.0},
+        {"model__fused": "require", "distillation__dtype": "bfloat16", "distillation__feature_weight": 0.0},
     ],
     ids=["bf16", "fp16", "sgd", "muon", "ultra", "alone", "disk", "fused", "bf16 teacher", "bf16 engine"],
 )

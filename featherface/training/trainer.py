@@ -316,7 +316,7 @@ class Trainer:
         if self.config.runtime.channels_last:
             model.to(memory_format=torch.channels_last)
         engine = self._teacher_engine(model)
-        if config.dtype == "bfloat16":
+        if config.dtype == "bfloat16" and engine is None:
             model.bfloat16()
         return Teacher(model, config.cache_gb, self.config.batches.views, engine)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -150,7 +151,8 @@ def test_one_output_file(capsys, marks, photos, tmp_path):
     with Image.open(tmp_path / "drawn.jpg") as drawn:
         assert drawn.format == "JPEG" and drawn.size == (300, 200)
     assert "is one file, but there are 2 inputs" in refused(capsys, "detect", photos, "-o", tmp_path / "x.png")
-    assert "videos to .mp4" in refused(capsys, "detect", photos / "b.png", "-o", tmp_path / "x.mp4")
+    for name in ("x.mp4", "x.pdf", "x.mov"):
+        assert "videos to .mp4" in refused(capsys, "detect", photos / "b.png", "-o", tmp_path / name)
 
 
 def test_json_and_csv_on_stdout(capsys, marks, photos):
@@ -164,7 +166,43 @@ def test_inputs_are_never_overwritten(capsys, marks, photos):
     before = (photos / "b.png").read_bytes()
     assert "would replace the input" in refused(capsys, "detect", photos, "-o", photos)
     assert "would replace the input" in refused(capsys, "detect", photos / "b.png", "-o", photos / "b.png")
-    assert (photos / "b.png").read_bytes() == before
+    for option in ("--json", "--csv"):
+        assert "would replace" in refused(capsys, "detect", option, photos / "b.png", photos / "a.png")
+        assert "would replace" in refused(capsys, "detect", photos / "b.png", option, photos / "b.png")
+        assert "would replace" in refused(capsys, "detect", photos / "b.png", option, photos / "new.jpg")
+    (photos / "b").write_bytes(before)
+    assert "would replace" in refused(capsys, "detect", photos / "b", "--json", photos / "deeper" / ".." / "b")
+    assert (photos / "b.png").read_bytes() == (photos / "b").read_bytes() == before
+
+
+def test_a_crop_never_replaces_an_input(capsys, marks, photos):
+    before = (photos / "b.png").read_bytes()
+    (photos / "b_1.png").write_bytes(before)
+    code, _, err = run(capsys, "detect", photos, "--crops", photos)
+    assert code == 1 and err.count("a crop would replace") == 1 and "b_1.png; name another folder" in err
+    assert (photos / "b_1.png").read_bytes() == before and (photos / "b_1_2.png").exists()
+
+
+def test_a_folder_of_results_inside_the_searched_one_is_no_input(capsys, marks, photos):
+    arguments = ("detect", photos, "-r", "-o", photos / "drawn", "--crops", photos / "crops")
+    first = run(capsys, *arguments)
+    assert first[0] == 0 and run(capsys, *arguments) == first
+    assert run(capsys, "detect", photos / "drawn", "-o", photos / "drawn" / "again")[1].count("face") == 2
+    assert run(capsys, "detect", photos / "drawn" / "deeper", "-o", photos / "drawn")[0] == 0
+
+
+def test_what_a_folder_holds_besides_images_is_said(capsys, marks, photos):
+    for name in ("x.mp4", "y.MOV", "z.heic"):
+        (photos / name).write_bytes(b"x")
+    code, _, err = run(capsys, "detect", photos)
+    assert code == 0 and err == (
+        f"featherface: {photos}: 2 videos were left out: name them themselves (.mov, .mp4)\n"
+        f"featherface: {photos}: 1 images were left out, of formats that Pillow does not read: convert them (.heic)\n"
+    )
+    assert run(capsys, "detect", photos, "--quiet")[2] == ""
+    for name in ("a.png", "b.png"):
+        (photos / name).unlink()
+    assert "holds no images" in (err := refused(capsys, "detect", photos)) and "2 videos were left out" in err
 
 
 def test_a_broken_file_among_many(capsys, marks, photos, tmp_path):
@@ -438,7 +476,7 @@ def test_videos_need_opencv(capsys, monkeypatch, tmp_path, marks):
     assert 'pip install "featherface[video]"' in refused(capsys, "detect", "7")
 
 
-def test_videos(capsys, marks, tmp_path):
+def test_videos(capsys, marks, monkeypatch, tmp_path):
     pytest.importorskip("cv2", reason="the extra video (OpenCV) is not installed")
     from featherface.video import VideoReader, VideoWriter
 
@@ -458,6 +496,9 @@ def test_videos(capsys, marks, tmp_path):
     with VideoReader(tmp_path / "out" / "clip.mp4") as reader:
         assert len(list(reader)) == 20
     assert run(capsys, "detect", path, "--frames", 3)[1] == f"{path}: 3 frames, 3 faces\n"
+    monkeypatch.setattr(VideoReader, "__iter__", lambda self, read=VideoReader.__iter__: itertools.islice(read(self), 15))
+    code, out, err = run(capsys, "detect", path)
+    assert code == 1 and out == f"{path}: 15 frames, 10 faces\n" and "only 15 of 20 frames could be read" in err
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "empty.mp4").write_bytes(b"")
     code, out, err = run(capsys, "detect", path, tmp_path / "broken.mp4", tmp_path / "empty.mp4", "-o", tmp_path / "o")

@@ -24,9 +24,10 @@ from ..draw import draw
 from ..errors import FeatherFaceError, ImageError
 from ..files import atomic_write
 from ..images import SUFFIXES
+from ..video import SUFFIXES as VIDEO_SUFFIXES
 from ..video import VideoReader, VideoWriter, opencv
 from . import options
-from .inputs import Input, expand
+from .inputs import Input, expand, left_out
 from .writers import CsvWriter, JsonWriter, Row, open_text
 
 
@@ -70,19 +71,25 @@ def detect(
     be read are reported at the end and do not stop the others. Exit code: 0 all went well, 1 some inputs failed, 2 none
     could be used or the command is wrong.
     """
-    found = expand(inputs, recursive)
+    found = expand(inputs, recursive, without=[folder for folder in (output, crops) if folder is not None])
     if any(item.video for item in found):
         opencv()
-    if json is not None and json == csv:
+    sources = {item.source.resolve() for item in found if isinstance(item.source, Path)}
+    if json is not None and csv is not None and json.resolve() == csv.resolve():
         raise FeatherFaceError(f"--json and --csv name the same file: {json}")
     for option, path in (("--json", json), ("--csv", csv)):
         if path is not None and str(path) != "-":
+            if path.resolve() in sources or path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES:
+                raise FeatherFaceError(f"{option} would replace {path}; name the file to write, such as faces.json")
             options.writable_file(path, option)
-    targets = _targets(found, output)
+    targets = _targets(found, output, sources)
     if crops is not None:
         options.writable_folder(crops, "--crops")
     detector = FaceDetector(weights, model, device, score, nms, size, fused, threads, pad=pad, tile=tile, dtype=dtype)
-    return Run(detector, found, targets, json, csv, crops, frames, quiet).run()
+    if not quiet:
+        for note in left_out(inputs, recursive):
+            print(f"featherface: {note}", file=sys.stderr)
+    return Run(detector, found, sources, targets, json, csv, crops, frames, quiet).run()
 
 
 class Run:
@@ -92,6 +99,7 @@ class Run:
         self,
         detector: FaceDetector,
         inputs: list[Input],
+        sources: set[Path],
         targets: list[Path] | None,
         json: Path | None,
         csv: Path | None,
@@ -101,6 +109,8 @@ class Run:
     ) -> None:
         self.detector, self.inputs, self.targets = detector, inputs, targets
         self.json, self.csv, self.crops, self.frames = json, csv, crops, frames
+        # What a crop may not replace.
+        self.taken = sources | {target.resolve() for target in targets or ()}
         self.errors: list[FeatherFaceError] = []
         self.faces = self.done = 0
         self.print_lines = not quiet and "-" not in (str(json), str(csv))
@@ -196,6 +206,9 @@ class Run:
                 self._crops(name, item.name.with_name(f"{item.name.stem}_{count:06d}"), image, detections)
                 count, faces = count + 1, faces + len(detections)
                 self.progress.update(task, completed=count)
+            # Some containers only estimate their number of frames.
+            if total is not None and count < 0.98 * total - 2:
+                self.errors.append(ImageError(f"{name}: only {count} of {total} frames could be read; it is damaged"))
         return count, faces
 
     def _frames(self, reader: VideoReader) -> Iterator[tuple[np.ndarray, Detections]]:
@@ -225,7 +238,14 @@ class Run:
             except ImageError as error:
                 self.errors.append(ImageError(f"{source}: {error}"))
                 continue
-            with atomic_write(self.crops / name.with_name(f"{name.name}_{i}.png")) as temporary:
+            target = self.crops / name.with_name(f"{name.name}_{i}.png")
+            if target.resolve() in self.taken:
+                self.errors.append(
+                    FeatherFaceError(f"{source}: a crop would replace {target}; name another folder with --crops")
+                )
+                continue
+            self.taken.add(target.resolve())
+            with atomic_write(target) as temporary:
                 Image.fromarray(crop).save(temporary)
 
     def _write(self, row: Row) -> None:
@@ -261,20 +281,22 @@ class Run:
         }
 
 
-def _targets(inputs: list[Input], output: Path | None) -> list[Path] | None:
+def _targets(inputs: list[Input], output: Path | None, sources: set[Path]) -> list[Path] | None:
     """Where each annotated picture or video goes."""
     if output is None:
         return None
-    if output.suffix.lower() in SUFFIXES | {".mp4"} and not output.is_dir():
+    suffix = output.suffix.lower()
+    if suffix in (VIDEO_SUFFIXES - {".mp4"}) | {".pdf", ".svg", ".heic"} and not output.is_dir():
+        raise FeatherFaceError(f"--output {output}: pictures go to .jpg, .png, ..., videos to .mp4")
+    if suffix in SUFFIXES | {".mp4"} and not output.is_dir():
         if len(inputs) > 1:
             raise FeatherFaceError(f"--output {output} is one file, but there are {len(inputs)} inputs; name a folder")
-        if inputs[0].video != (output.suffix.lower() == ".mp4"):
+        if inputs[0].video != (suffix == ".mp4"):
             raise FeatherFaceError(f"--output {output}: pictures go to .jpg, .png, ..., videos to .mp4")
         targets = [options.writable_file(output, "--output")]
     else:
         options.writable_folder(output, "--output")
         targets = [output / _target_name(item) for item in inputs]
-    sources = {item.source.resolve() for item in inputs if isinstance(item.source, Path)}
     if replaced := next((target for target in targets if target.resolve() in sources), None):
         raise FeatherFaceError(f"--output would replace the input {replaced}; name another folder or file")
     return targets

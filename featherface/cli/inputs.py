@@ -9,7 +9,11 @@ from typing import NamedTuple
 
 from ..errors import ImageError
 from ..images import SUFFIXES
+from ..video import SUFFIXES as VIDEO_SUFFIXES
 from ..video import is_video
+
+FOREIGN_SUFFIXES = frozenset((".heic", ".heif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".jxl", ".psd"))
+"""Names of images that Pillow does not read."""
 
 
 class Input(NamedTuple):
@@ -26,31 +30,56 @@ class Input(NamedTuple):
     video: bool
 
 
-def expand(arguments: Sequence[str], recursive: bool = False) -> list[Input]:
+def expand(arguments: Sequence[str], recursive: bool = False, without: Sequence[Path] = ()) -> list[Input]:
     """Inputs in the order in which they were named; of a folder, all images, sorted by name.
 
     An argument is a file, a folder, a pattern with ``*``, ``?`` or ``[]`` (``**`` for any depth), or, if there is no
-    such file, the number of a camera. Names are made unique.
+    such file, the number of a camera. Names are made unique. Folders ``without`` are not searched where they lie in
+    another one.
 
     Raises:
         ImageError: a folder holds no images, or a pattern matches nothing.
     """
     inputs: list[Input] = []
     taken: set[PurePath] = set()
+    closed = {path.resolve() for path in without}
     for argument in arguments:
-        for source, name in _expand_one(argument, recursive):
+        for source, name in _expand_one(argument, recursive, closed):
             video = isinstance(source, int) or is_video(source)
             inputs.append(Input(source, _unique(name, taken), video))
     return inputs
 
 
-def _expand_one(argument: str, recursive: bool) -> Iterator[tuple[Path | int, PurePath]]:
+def left_out(arguments: Sequence[str], recursive: bool = False) -> list[str]:
+    """For each folder among the arguments a sentence on the videos and foreign images in it that are no inputs."""
+    notes = []
+    for folder in map(Path, arguments):
+        if not folder.is_dir():
+            continue
+        files = [p for p in _walk(folder, recursive) if p.is_file()]
+        for suffixes, what in (
+            (VIDEO_SUFFIXES, "videos were left out: name them themselves"),
+            (FOREIGN_SUFFIXES, "images were left out, of formats that Pillow does not read: convert them"),
+        ):
+            if found := sorted(p.suffix.lower() for p in files if p.suffix.lower() in suffixes):
+                notes.append(f"{folder}: {len(found)} {what} ({', '.join(dict.fromkeys(found))})")
+    return notes
+
+
+def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
+    return folder.rglob("*") if recursive else folder.iterdir()
+
+
+def _expand_one(argument: str, recursive: bool, closed: set[Path]) -> Iterator[tuple[Path | int, PurePath]]:
     path = Path(argument)
     if path.is_dir():
-        found = sorted(p for p in (path.rglob("*") if recursive else path.iterdir()) if _is_image(p))
+        found = sorted(p for p in _walk(path, recursive) if _is_image(p))
+        if inside := {folder for folder in closed if path.resolve() in folder.parents}:
+            found = [p for p in found if inside.isdisjoint(p.resolve().parents)]
         if not found:
             deeper = "" if recursive else " (folders inside it are searched with --recursive)"
-            raise ImageError(f"the folder {path} holds no images{deeper}")
+            others = "".join(f"; {note}" for note in left_out([argument], recursive))
+            raise ImageError(f"the folder {path} holds no images{deeper}{others}")
         yield from ((p, p.relative_to(path)) for p in found)
     elif path.exists():
         yield path, PurePath(path.name)

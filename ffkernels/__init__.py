@@ -12,7 +12,7 @@ from .config import Policy, set_fused, use
 from .ops import *  # noqa: F403
 from .ops import __all__ as _ops
 from .params import ChannelMLP, ConvParams, ConvUnit, HeadParams
-from .registry import FusedKernelRequired
+from .registry import BackendUnavailable, FusedKernelRequired
 from .report import report
 
 try:
@@ -21,6 +21,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "BackendUnavailable",
     "BatchNorm",
     "ChannelMLP",
     "ConvParams",

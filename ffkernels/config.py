@@ -3,7 +3,8 @@
 ========================  =====================================================================================
 ``FF_USE_FUSED``          ``0`` plain PyTorch (default), ``1`` the best backend for each op with a recorded reason
                           for every fallback, ``require`` makes a fallback an error
-``FF_BACKEND``            ``auto`` (default), ``cpu``, ``cuda``, ``triton`` or ``reference``: use this one only
+``FF_BACKEND``            ``auto`` (default), ``cpu``, ``cuda``, ``triton`` or ``reference``: use this one only;
+                          where ``FF_USE_FUSED`` is not set it is then ``1``
 ``FF_CPU_ISA``            highest instruction set the C++ kernels may use (see ``python -m ffkernels.info``)
 ========================  =====================================================================================
 
@@ -46,14 +47,20 @@ def _choice(value: str, allowed: tuple[str, ...], name: str) -> str:
 def _environment() -> Policy | None:
     mode, backend = os.environ.get("FF_USE_FUSED"), os.environ.get("FF_BACKEND") or "auto"
     _choice(backend, BACKENDS, "FF_BACKEND")
-    return None if not mode else Policy(_choice(mode, MODES, "FF_USE_FUSED"), backend)
+    if not mode:
+        return None if backend == "auto" else Policy("1", backend)
+    return Policy(_choice(mode, MODES, "FF_USE_FUSED"), backend)
 
 
 def make_policy(fused: Fused, backend: str | None = None) -> Policy:
     """A checked :class:`Policy` from what a user may write: ``True``, ``False``, ``"0"``, ``"1"``, ``"require"``;
     ``None`` is ``"0"``.
 
-    ``backend=None`` takes ``FF_BACKEND``. A backend that cannot run on this machine raises ``RuntimeError``.
+    ``backend=None`` takes ``FF_BACKEND``.
+
+    Raises:
+        ValueError: a value is none of those.
+        BackendUnavailable: the backend cannot run on this machine.
     """
     if isinstance(fused, Policy):
         mode, backend = fused.mode, backend or fused.backend
@@ -68,7 +75,9 @@ def make_policy(fused: Fused, backend: str | None = None) -> Policy:
         reason = registry.backend_unavailable(policy.backend)
         if reason is not None:
             usable = ["auto", *registry.available_backends()]
-            raise RuntimeError(f"backend {policy.backend!r} is not available: {reason}; available: {', '.join(usable)}")
+            raise registry.BackendUnavailable(
+                f"backend {policy.backend!r} is not available: {reason}; available: {', '.join(usable)}"
+            )
     return policy
 
 

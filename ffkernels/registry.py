@@ -65,6 +65,10 @@ class Implementation:
         return None if self.supports is None else self.supports(request)
 
 
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name that cannot run on this machine."""
+
+
 class FusedKernelRequired(RuntimeError):
     """A call that no fused kernel serves, made with ``FF_USE_FUSED=require``."""
 

@@ -340,6 +340,14 @@ def test_wrong_environment_is_one_sentence(capsys, monkeypatch, photos, weights)
     assert "FF_USE_FUSED='maybe'" in refused(capsys, "detect", photos / "b.png", "-w", weights)
 
 
+def test_an_unavailable_backend_is_one_sentence(capsys, monkeypatch, photos, weights):
+    monkeypatch.setattr(
+        "ffkernels.registry.backend_unavailable", lambda b, d=None: "no device" if b == "cuda" else None
+    )
+    monkeypatch.setenv("FF_BACKEND", "cuda")
+    assert "backend 'cuda' is not available: no device" in refused(capsys, "detect", photos, "-w", weights)
+
+
 def test_debug_shows_the_traceback(capsys, marks, tmp_path):
     with pytest.raises(ImageError):
         main(["detect", str(tmp_path / "missing.jpg"), "--debug"])
@@ -496,7 +504,8 @@ def test_videos(capsys, marks, monkeypatch, tmp_path):
     with VideoReader(tmp_path / "out" / "clip.mp4") as reader:
         assert len(list(reader)) == 20
     assert run(capsys, "detect", path, "--frames", 3)[1] == f"{path}: 3 frames, 3 faces\n"
-    monkeypatch.setattr(VideoReader, "__iter__", lambda self, read=VideoReader.__iter__: itertools.islice(read(self), 15))
+    read = VideoReader.__iter__
+    monkeypatch.setattr(VideoReader, "__iter__", lambda self: itertools.islice(read(self), 15))
     code, out, err = run(capsys, "detect", path)
     assert code == 1 and out == f"{path}: 15 frames, 10 faces\n" and "only 15 of 20 frames could be read" in err
     (tmp_path / "broken.mp4").write_bytes(b"no video")

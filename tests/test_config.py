@@ -54,6 +54,16 @@ def test_backend_is_read_from_the_environment(monkeypatch):
     assert policies(model()) == {Policy("1", "reference")}
 
 
+def test_a_backend_alone_asks_for_kernels(monkeypatch):
+    monkeypatch.setenv("FF_BACKEND", "reference")
+    assert policies(model()) == {Policy("1", "reference")}
+    monkeypatch.setenv("FF_USE_FUSED", "0")
+    assert policies(model()) == {Policy("0", "reference")}
+    monkeypatch.delenv("FF_USE_FUSED")
+    monkeypatch.setenv("FF_BACKEND", "auto")
+    assert config.requested_policy() is None
+
+
 @pytest.mark.parametrize("name,value", [("FF_USE_FUSED", "yes"), ("FF_USE_FUSED", "2"), ("FF_BACKEND", "opencl")])
 def test_wrong_environment_names_the_right_values(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
@@ -66,7 +76,9 @@ def test_unavailable_backend_raises_when_the_model_is_built(monkeypatch):
     monkeypatch.setattr(registry, "backend_unavailable", lambda b, d=None: "no device" if b == "cuda" else None)
     monkeypatch.setenv("FF_USE_FUSED", "1")
     monkeypatch.setenv("FF_BACKEND", "cuda")
-    with pytest.raises(RuntimeError, match=r"backend 'cuda' is not available: no device; available: auto, cpu"):
+    with pytest.raises(
+        ffkernels.BackendUnavailable, match=r"backend 'cuda' is not available: no device; available: auto, cpu"
+    ):
         model()
 
 

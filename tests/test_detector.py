@@ -452,6 +452,12 @@ def test_profile_and_report(picture, tmp_path):
     assert times["total"] >= times["network"]
     rows = detector.report(picture)
     assert len(rows) > 10 and {row.backend for row in rows} == {"reference"}
+    detector = FaceDetector(device="cpu")
+    rows = detector.report(picture)
+    if detector.engine is None:
+        assert len(rows) > 10
+    else:
+        assert rows == [("featherface_v2", "engine", "cpu", f"float32, {detector.engine.isa}")]
 
 
 def test_detections_helpers(detector, picture):

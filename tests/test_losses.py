@@ -425,6 +425,23 @@ def test_teachers_positives_are_distilled_literally(rows):
     assert float(result["teacher_landmark"]) == pytest.approx(0.1 * landmark / strength, rel=1e-4)
 
 
+def test_processes_share_what_they_divide_by(rows):
+    """Twice the count, as where another process has three times as many positives, is half of each term."""
+    targets = random_targets(5)
+    student, teacher = outputs(0, 4), outputs(1, 4)
+    assignment = assign(Task(), *student[:2], targets, PRIORS, SIZE)
+    configs = [Distillation(class_kind=kind, feature_weight=0.0) for kind in ("focal", "masked")]
+
+    def terms(**options):
+        yield task_loss(Task(), *student, targets, PRIORS, assignment, **options)
+        for config in configs:
+            yield distillation_loss(config, student, teacher, PRIORS, targets.labelled, **options)
+
+    for own, shared in zip(terms(), terms(mean_count=lambda count: 2 * count)):
+        assert len(own) == 3 and min(map(float, own.values())) > 0
+        assert {k: 2 * float(v) for k, v in shared.items()} == pytest.approx({k: float(v) for k, v in own.items()})
+
+
 def test_feature_masks_follow_the_anchors():
     probability = torch.zeros(1, len(PRIORS))
     # The second anchor of row 2, column 4 on P4, which begins after 12 x 12 cells.

@@ -1,5 +1,6 @@
 """The training loop on a handful of tiny synthetic photographs."""
 
+import contextlib
 import csv
 import json
 import math
@@ -391,8 +392,9 @@ def test_a_loss_that_runs_away_stops_the_run(root, tmp_path, monkeypatch):
         "_losses",
         lambda self, b: {k: v * (1e4 if self.step == 5 else 1) for k, v in original(self, b).items()},
     )
-    with pytest.raises(TrainingError, match="50 times its running mean"):
+    with pytest.raises(TrainingError, match=r"50 times its running mean.* --set runtime\.divergence=0"):
         train(make_config(root), tmp_path / "run", quiet=True)
+    assert train(make_config(root, runtime__divergence=0.0), tmp_path / "run", resume=True, quiet=True).finished
 
 
 @pytest.mark.slow
@@ -551,6 +553,53 @@ def test_two_processes_make_the_step_of_one_with_both_batches(root, tmp_path):
             moved += float((value - start[name]).abs().sum())
     assert moved > 0
     assert len(rows(tmp_path / "two", "validation.csv")) == 1
+
+
+def test_every_count_is_shared_by_the_processes(root, tmp_path, monkeypatch):
+    trainer = Trainer(make_config(root), tmp_path / "run", False, World(0, 1, torch.device("cpu")), quiet=True)
+    batch = next(trainer.loader.epoch(0, 0))
+    own = {name: float(value) for name, value in trainer._losses(batch).items()}
+    counts = []
+    monkeypatch.setattr(trainer_module.dist, "all_reduce", lambda count: counts.append(float(count.mul_(2)) / 2))
+    trainer.world = World(0, 2, trainer.device)
+    shared = {name: float(value) for name, value in trainer._losses(batch).items()}
+    trainer.close()
+    # Positives, positives with landmarks; the teacher's positives, its faces over all anchors.
+    assert shared == pytest.approx(own) and len(counts) == 4
+
+
+def test_a_resumed_run_keeps_what_the_environment_said_when_it_began(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FF_USE_FUSED", "1")
+    config = make_config(root, schedule__epochs=1, validation__every=0)
+    train(config, tmp_path / "run", stop_after=0, quiet=True)
+    assert 'fused = "1"' in (tmp_path / "run" / "config.toml").read_text() and config.model.fused == ""
+    monkeypatch.delenv("FF_USE_FUSED")
+    torch.set_num_threads(2)
+    with contextlib.closing(
+        Trainer(config, tmp_path / "run", True, World(0, 1, torch.device("cpu")), quiet=False)
+    ) as trainer:
+        assert {m.ff_policy.mode for m in trainer.student.modules() if hasattr(m, "ff_policy")} == {"1"}
+    torch.set_num_threads(1)
+    assert "ran with 1 CPU threads and goes on with 2" in "".join(capsys.readouterr())
+    with pytest.raises(TrainingError, match=r"other values of model\.fused"):
+        train(
+            make_config(root, schedule__epochs=1, validation__every=0, model__fused="0"), tmp_path / "run", resume=True
+        )
+
+
+def test_tables_that_lost_their_end_keep_the_rest(tmp_path):
+    table = Table(tmp_path / "t.csv", ["a", "b"])
+    assert table.restore(0)
+    for i in range(5):
+        table.add({"a": i, "b": "x" * i})
+    whole = table.path.read_bytes()
+    os.truncate(table.path, len(whole) - 3)
+    assert not table.restore(len(whole))
+    assert [row["a"] for row in table.read()] == ["0", "1", "2", "3"]
+    table.add({"a": 9, "b": ""})
+    assert table.read()[-1] == {"a": "9", "b": ""}
+    table.path.unlink()
+    assert not table.restore(len(whole)) and table.path.read_text().split() == ["a,b"]
 
 
 def test_sources_can_be_given_as_objects():

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from ffkernels import FusedKernelRequired
+from ffkernels import BackendUnavailable, FusedKernelRequired
 
 from ..errors import FeatherFaceError
 from .average import average
@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
             return _fail(f"{error.format_message()}{hint}", error.exit_code)
         if debug:
             raise
-        if isinstance(error, (FeatherFaceError, FusedKernelRequired)):
+        if isinstance(error, (FeatherFaceError, FusedKernelRequired, BackendUnavailable)):
             return _fail(str(error))
         if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate" in str(error):
             return _fail("there is not enough memory for this; try --size, --tile or smaller batches")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,7 @@ def distillation_loss(
     labelled: Tensor,
     student_features: Sequence[Tensor] = (),
     teacher_features: Sequence[Tensor] = (),
+    mean_count: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The weighted terms.
 
@@ -91,6 +92,7 @@ def distillation_loss(
         priors: (N, 4) anchors.
         labelled: (B,) bool.
         student_features, teacher_features: maps of the same sizes and channels (:class:`FeatureAdapters`), P3, P4, P5.
+        mean_count: as of :func:`~featherface.losses.task.task_loss`.
 
     Returns:
         Those of ``teacher_class``, ``teacher_box``, ``teacher_landmark`` and ``teacher_feature`` whose weight is not 0.
@@ -102,10 +104,11 @@ def distillation_loss(
     positive = probability >= config.positive_threshold
     # Sure faces count more than those at the threshold.
     strength = torch.where(positive, probability, 0.0) * weight
-    count = strength.sum().clamp(min=1)
+    mean_count = mean_count or (lambda count: count)
+    count = mean_count(strength.sum()).clamp(min=1)
     terms: dict[str, Tensor] = {}
     if config.class_weight:
-        terms["teacher_class"] = config.class_weight * class_term(config, cls, teacher_cls, weight)
+        terms["teacher_class"] = config.class_weight * class_term(config, cls, teacher_cls, weight, mean_count)
     rows = rows_of(positive)
     learns, strength = positive.flatten()[rows, None], strength.flatten()[rows]
 
@@ -126,14 +129,20 @@ def distillation_loss(
     return terms
 
 
-def class_term(config: Distillation, cls: Tensor, teacher_cls: Tensor, weight: Tensor) -> Tensor:
+def class_term(
+    config: Distillation,
+    cls: Tensor,
+    teacher_cls: Tensor,
+    weight: Tensor,
+    mean_count: Callable[[Tensor], Tensor],
+) -> Tensor:
     """The class term without its weight; ``weight`` (B, 1) is that of the images."""
     if config.class_kind == "kl":
         own, theirs = (log_softmax(logits / config.temperature, -1) for logits in (cls, teacher_cls))
         divergence = (theirs.exp() * (theirs - own)).sum(-1)
         return config.temperature**2 * (weight * divergence).mean()
     logit, quality = face_logit(cls), torch.sigmoid(face_logit(teacher_cls))
-    count = (weight * quality).sum().clamp(min=1)
+    count = mean_count((weight * quality).sum()).clamp(min=1)
     if config.class_kind == "focal":
         return (weight * quality_focal(logit, quality, config.focal_beta)).sum() / count
     own = torch.sigmoid(logit)

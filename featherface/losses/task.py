@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def task_loss(
     targets: Targets,
     priors: Tensor,
     assignment: Assignment,
-    scale: float | Tensor | None = None,
+    mean_count: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """The three weighted terms, each a sum over anchors divided by the number of positives.
 
@@ -88,14 +89,16 @@ def task_loss(
         targets: the faces.
         priors: (N, 4) anchors.
         assignment: of anchors to faces.
-        scale: positives to divide by instead of those of this batch, for processes that train together.
+        mean_count: for processes that train together: brings the number of what is divided by, a scalar, to its mean
+            over the processes.
 
     Returns:
         ``class``, ``box`` and ``landmark``: scalars.
     """
     bbox, cls, landmarks = bbox.float(), cls.float(), landmarks.float()
     positive = assignment.positive
-    count = positive.sum().clamp(min=1) if scale is None else scale
+    mean_count = mean_count or (lambda count: count)
+    count = mean_count(positive.sum().float()).clamp(min=1)
     weight = _face_weights(assignment, len(targets.boxes), config.face_balance) if config.face_balance else None
 
     rows = rows_of(positive)
@@ -128,7 +131,7 @@ def task_loss(
     return {
         "class": config.class_weight * classification / count,
         "box": config.box_weight * box.sum() / count,
-        "landmark": config.landmark_weight * landmark / known.sum().clamp(min=1),
+        "landmark": config.landmark_weight * landmark / mean_count(known.sum().float()).clamp(min=1),
     }
 
 

@@ -35,7 +35,10 @@ FREE = (
     "distillation.cache_gb",
     "runtime.device",
     "runtime.checkpoint_minutes",
+    "runtime.divergence",
+    "runtime.log_every",
     "runtime.tensorboard",
+    "validation.every",
 )
 
 
@@ -203,14 +206,18 @@ class Table:
     def length(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def restore(self, length: int) -> None:
-        """Cuts the file to ``length`` bytes; 0 begins it anew."""
+    def restore(self, length: int) -> bool:
+        """Cuts the file to ``length`` bytes; 0 begins it anew. False where it was shorter: its whole lines stay."""
         try:
-            if length and self.length() >= length:
-                os.truncate(self.path, length)
+            kept = min(length, self.length())
+            if kept < length:
+                kept = self.path.read_bytes().rfind(b"\n") + 1 if kept else 0
+            if kept:
+                os.truncate(self.path, kept)
             else:
                 with open(self.path, "w", newline="", encoding="utf-8") as file:
                     csv.writer(file).writerow(self.columns)
+            return kept == length
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error
 
@@ -218,6 +225,9 @@ class Table:
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([row.get(column, "") for column in self.columns])
+                # A checkpoint never knows of rows that a power cut can still take.
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error
 

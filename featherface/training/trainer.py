@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import math
 import os
@@ -24,6 +25,7 @@ from featherface.files import atomic_write
 from featherface.losses import FeatureAdapters, assign, distillation_loss, task_loss
 from featherface.models import FeatherFace, create_model, list_models, save_weights, transfer_weights
 from featherface.models.anchors import anchors
+from ffkernels.config import build_policy, make_policy
 from ffkernels.engine import Engine
 from ffkernels.engine import build as build_engine
 
@@ -150,7 +152,7 @@ class Trainer:
     def __init__(
         self, config: Config, folder: str | os.PathLike, resume: bool, world: World, quiet: bool = False
     ) -> None:
-        self.config, self.world, self.device = config, world, world.device
+        self.config, self.world, self.device = copy.deepcopy(config), world, world.device
         self.quiet = quiet or not world.first
         self.folder: RunFolder | None = None
         self.display: Display | None = None
@@ -186,6 +188,9 @@ class Trainer:
     def _build(self, resume: bool) -> None:
         config, runtime = self.config, self.config.runtime
         checkpoint = self._checkpoint(resume)
+        asked = build_policy()
+        config.model.fused = config.model.fused or asked.mode
+        self.policy = make_policy(config.model.fused, asked.backend if asked.backend != "auto" else None)
         torch.manual_seed(runtime.seed)
         if runtime.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -249,8 +254,9 @@ class Trainer:
         if self.folder is not None:
             if checkpoint is None:
                 self.folder.begin(config)
-            self.metrics.restore(lengths[0])
-            self.validations.restore(lengths[1])
+            for table, length in zip((self.metrics, self.validations), lengths):
+                if not table.restore(length):
+                    self.say(f"{table.path} is shorter than the checkpoint says; rows are missing")
         self.model: nn.Module = self.network
         if self.world.size > 1:
             self.model = nn.parallel.DistributedDataParallel(
@@ -272,8 +278,10 @@ class Trainer:
         if checkpoint is None:
             return None
         # Options that did not exist when the run began have their defaults.
-        begun = from_dict(checkpoint["config"]).to_dict()
-        if changed := differences(begun, self.config.to_dict()):
+        begun = from_dict(checkpoint["config"])
+        # Empty is what FF_USE_FUSED said when the run began.
+        self.config.model.fused = self.config.model.fused or begun.model.fused
+        if changed := differences(begun.to_dict(), self.config.to_dict()):
             raise TrainingError(
                 f"{self.path} was begun with other values of {', '.join(changed)}; resume it with the configuration "
                 f"that it has in config.toml, or choose another run folder"
@@ -289,7 +297,7 @@ class Trainer:
             weights=model_weights,
             # The file with more weights wins.
             backbone_weights=None if model_weights or transfer else backbone,
-            fused=model.fused or None,
+            fused=self.policy,
             **model.options,
         )
         if model.prior and not model_weights:
@@ -310,9 +318,9 @@ class Trainer:
             )
         if config.teacher not in list_models():
             raise TrainingError(f"there is no teacher {config.teacher!r}; choose from: {', '.join(list_models())}")
-        model = create_model(
-            config.teacher, weights=self.config.path(config.weights), fused=self.config.model.fused or None
-        ).to(self.device)
+        model = create_model(config.teacher, weights=self.config.path(config.weights), fused=self.policy).to(
+            self.device
+        )
         if self.config.runtime.channels_last:
             model.to(memory_format=torch.channels_last)
         engine = self._teacher_engine(model)
@@ -466,9 +474,15 @@ class Trainer:
         size = images.shape[-1]
         priors = self.priors[size]
         assignment = assign(config.task, student.bbox, student.cls, batch.targets, priors, (size, size))
-        scale = self._positives(assignment.positive)
         terms = task_loss(
-            config.task, student.bbox, student.cls, student.landmarks, batch.targets, priors, assignment, scale
+            config.task,
+            student.bbox,
+            student.cls,
+            student.landmarks,
+            batch.targets,
+            priors,
+            assignment,
+            self._mean_count,
         )
         if teacher is None:
             return terms
@@ -481,15 +495,16 @@ class Trainer:
             batch.targets.labelled,
             student.features,
             teacher.features,
+            self._mean_count,
         )
 
-    def _positives(self, positive: Tensor) -> Tensor:
-        """Positives per process, on average, at least 1: what the sums of a batch are divided by."""
-        count = positive.sum().float()
+    def _mean_count(self, count: Tensor) -> Tensor:
+        """The mean over the processes of what each divides its sums by."""
         if self.world.size > 1:
+            count = count.clone()
             dist.all_reduce(count)
             count /= self.world.size
-        return count.clamp(min=1)
+        return count
 
     def _check_pending(self) -> None:
         pending, self.pending = getattr(self, "pending", None), None
@@ -532,9 +547,10 @@ class Trainer:
         except OSError as error:
             saved = f"the batch could not be saved ({error.strerror or error})"
         listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "loss")
+        harmless = ", or, if it is harmless, resume with --set runtime.divergence=0" if math.isfinite(loss) else ""
         raise TrainingError(
-            f"step {self.step}: {reason} ({listed}); {saved}; lower optimizer.lr or look at the batch, then resume "
-            "from the last checkpoint"
+            f"step {self.step}: {reason} ({listed}); {saved}; look at it and begin a new run with a lower "
+            f"optimizer.lr, from weights of this one if it has validated some (model.weights = best.safetensors){harmless}"
         )
 
     def _agreed(self, stop: bool) -> bool:
@@ -648,6 +664,7 @@ class Trainer:
             "mean": [self.mean_loss, self.mean_steps],
             "ap": self.ap,
             "best_ap": self.best_ap,
+            "threads": torch.get_num_threads(),
             "lengths": [self.metrics.length(), self.validations.length()],
             "world_size": self.world.size,
             "batches_per_epoch": self.loader.batches_per_epoch,
@@ -681,6 +698,12 @@ class Trainer:
         self.mean_loss, self.mean_steps = state["mean"]
         self.ap, self.best_ap = dict(state["ap"]), state["best_ap"]
         self.say(f"resumed at step {self.step} of {self.total_steps}, epoch {self.epoch}")
+        before, threads = state.get("threads"), torch.get_num_threads()
+        if self.device.type == "cpu" and before not in (None, threads):
+            self.say(
+                f"it ran with {before} CPU threads and goes on with {threads}: sums round differently "
+                f"(OMP_NUM_THREADS={before} keeps the bits)"
+            )
         return tuple(state["lengths"])
 
 

@@ -558,11 +558,11 @@ def test_two_processes_make_the_step_of_one_with_both_batches(root, tmp_path):
 def test_every_count_is_shared_by_the_processes(root, tmp_path, monkeypatch):
     trainer = Trainer(make_config(root), tmp_path / "run", False, World(0, 1, torch.device("cpu")), quiet=True)
     batch = next(trainer.loader.epoch(0, 0))
-    own = {name: float(value) for name, value in trainer._losses(batch).items()}
+    own = {name: float(value.detach()) for name, value in trainer._losses(batch).items()}
     counts = []
     monkeypatch.setattr(trainer_module.dist, "all_reduce", lambda count: counts.append(float(count.mul_(2)) / 2))
     trainer.world = World(0, 2, trainer.device)
-    shared = {name: float(value) for name, value in trainer._losses(batch).items()}
+    shared = {name: float(value.detach()) for name, value in trainer._losses(batch).items()}
     trainer.close()
     # Positives, positives with landmarks; the teacher's positives, its faces over all anchors.
     assert shared == pytest.approx(own) and len(counts) == 4

@@ -550,7 +550,8 @@ class Trainer:
         harmless = ", or, if it is harmless, resume with --set runtime.divergence=0" if math.isfinite(loss) else ""
         raise TrainingError(
             f"step {self.step}: {reason} ({listed}); {saved}; look at it and begin a new run with a lower "
-            f"optimizer.lr, from weights of this one if it has validated some (model.weights = best.safetensors){harmless}"
+            f"optimizer.lr, from weights of this one if it has validated some (model.weights = best.safetensors)"
+            f"{harmless}"
         )
 
     def _agreed(self, stop: bool) -> bool:

@@ -20,6 +20,7 @@ from ffkernels import Policy, ops, registry
 from ffkernels.config import Fused, requested_policy, set_fused
 from ffkernels.engine import DTYPES, Engine
 from ffkernels.engine import build as build_engine
+from ffkernels.nn import FusedModule
 from ffkernels.report import Report, ReportRow
 
 from . import images as image_io
@@ -193,6 +194,15 @@ class FaceDetector:
     def weights_sha256(self) -> str | None:
         """SHA-256 of the weights file; ``None`` for a given module."""
         return None if self.weights is None else sha256(self.weights)
+
+    @property
+    def kernels(self) -> str:
+        """What runs the network: the engine with its dtype and instruction set, fused kernels, or plain PyTorch."""
+        if self.engine is not None:
+            return f"CPU engine ({self.engine.computes}, {self.engine.isa})"
+        policies = {module.ff_policy for module in self.model.modules() if isinstance(module, FusedModule)}
+        fused = sorted(policy.backend for policy in policies if policy.mode != "0" and policy.backend != "reference")
+        return f"fused kernels ({', '.join(fused)})" if fused else "plain PyTorch"
 
     def detect(self, images: ImageLike | Iterable[ImageLike]) -> Detections | list[Detections]:
         """Faces of one image or of many.

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from .detections import Detections
+from .errors import ImageError
+from .images import ImageLike, sources
 
 BOX_COLOUR = (0, 220, 90)
 TEXT_COLOUR = (0, 0, 0)
 LANDMARK_COLOURS = ((255, 64, 64), (64, 128, 255), (255, 220, 0), (255, 64, 255), (0, 230, 230))
 
 
-def draw(
-    image: Image.Image | np.ndarray,
+def draw_faces(
+    image: ImageLike,
     detections: Detections,
     scores: bool = True,
     landmarks: bool = True,
@@ -22,7 +25,7 @@ def draw(
     """A copy of the picture with every face marked.
 
     Args:
-        image: a Pillow image or an (H, W, 3) uint8 array, upright, of the size the faces were found in.
+        image: what the faces were found in, as :meth:`featherface.FaceDetector.detect` takes it.
         detections: the faces.
         scores: write each score, in percent, above its box, or inside where the picture ends; boxes narrower than the
             text go without.
@@ -30,10 +33,20 @@ def draw(
         line_width: in pixels; by default it follows the sizes of the picture and of the face.
 
     Returns:
-        A new RGB image.
+        A new RGB image, upright.
+
+    Raises:
+        ImageError: the image cannot be read, or has another size than the one the faces were found in.
     """
-    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    picture = picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+    pixels = next(sources(image)[0]).read()
+    if isinstance(pixels, Tensor):
+        pixels = pixels.cpu().float().numpy()
+    if pixels.shape[:2] != detections.image_size:
+        (height, width), (of_height, of_width) = pixels.shape[:2], detections.image_size
+        raise ImageError(
+            f"the faces were found in an image of {of_width}x{of_height} pixels, this has {width}x{height}"
+        )
+    picture = Image.fromarray(np.ascontiguousarray(np.rint(pixels).astype(np.uint8)))
     canvas = ImageDraw.Draw(picture)
     widest = line_width or max(1, round(max(picture.size) / 300))
     # The best face is drawn last, on top of the others.

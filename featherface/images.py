@@ -73,7 +73,7 @@ def from_pil(image: Image.Image) -> np.ndarray:
     """(H, W, 3) uint8 red, green, blue of a Pillow image in any mode, turned upright by its EXIF orientation.
 
     Transparent pixels show the networks' mean colour; 16-bit values are divided by 257; values of 32-bit images are
-    taken as 8-bit, as 16-bit or, beyond that, relative to the largest one.
+    taken as 8-bit, as 16-bit or, beyond that, relative to the largest one, and floating point up to 1 as a share.
 
     Raises:
         ImageError: the image has no pixels.
@@ -82,7 +82,7 @@ def from_pil(image: Image.Image) -> np.ndarray:
         raise ImageError(f"the image has no pixels (width {image.width}, height {image.height})")
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
-        return _grey_to_rgb(_to_8_bit(np.asarray(image), sixteen=image.mode in _SIXTEEN_BIT))
+        return _grey_to_rgb(_to_8_bit(np.asarray(image), image.mode in _SIXTEEN_BIT, image.mode == "F"))
     if image.has_transparency_data:
         return _flatten_alpha(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
@@ -182,10 +182,12 @@ def _check_range(low: float, high: float, floating: bool) -> None:
         raise ImageError("the values go from 0 to 1; multiply them by 255")
 
 
-def _to_8_bit(values: np.ndarray, sixteen: bool) -> np.ndarray:
+def _to_8_bit(values: np.ndarray, sixteen: bool, fractions: bool = False) -> np.ndarray:
     values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     highest = values.max()
-    if sixteen or 255 < highest <= 65535:
+    if fractions and 0 < highest <= 1:
+        values = values * 255
+    elif sixteen or 255 < highest <= 65535:
         values = values / 257
     elif highest > 65535:
         values = values * (255 / highest)

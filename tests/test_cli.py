@@ -422,7 +422,8 @@ def test_a_closed_pipe_is_quiet(weights, photos):
     assert process.returncode == 1
 
 
-def test_interruption_leaves_nothing_half_written(weights, photos, tmp_path):
+@pytest.mark.parametrize("number, word", [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_leaves_nothing_half_written(weights, photos, tmp_path, number, word):
     report = tmp_path / "r.json"
     # Reading a named pipe that nobody writes to keeps the command waiting after its work has begun.
     os.mkfifo(tmp_path / "waits.png")
@@ -436,10 +437,10 @@ def test_interruption_leaves_nothing_half_written(weights, photos, tmp_path):
             writer = os.open(tmp_path / "waits.png", os.O_WRONLY | os.O_NONBLOCK)
     assert list(tmp_path.glob(".r.*"))
     time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    assert "interrupted" in process.communicate(timeout=60)[1]
+    process.send_signal(number)
+    assert f"featherface: {word}\n" == process.communicate(timeout=60)[1]
     os.close(writer)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert not report.exists() and not list(tmp_path.glob(".r.*"))
 
 

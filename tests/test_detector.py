@@ -240,6 +240,15 @@ def test_modes_become_rgb(tmp_path, picture):
             assert np.abs(pixels.mean() - picture.mean()) < 40, name
 
 
+def test_floating_point_files_hold_bytes_or_shares(tmp_path):
+    ramp = np.linspace(0, 255, 64, dtype=np.float32).reshape(8, 8)
+    for values in (ramp, ramp / 255):
+        Image.fromarray(values).save(tmp_path / "f.tif")
+        np.testing.assert_array_equal(load(tmp_path / "f.tif")[..., 0], np.rint(ramp))
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "f.tif")
+    assert load(tmp_path / "f.tif").max() == 0
+
+
 def test_transparent_pixels_take_the_mean_colour():
     rgba = np.zeros((4, 6, 4), np.uint8)
     rgba[:, 3:] = (10, 20, 30, 255)

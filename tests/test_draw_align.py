@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from marks import LANDMARKS, paint
 from PIL import Image
 
 from featherface.align import ARCFACE_TEMPLATE, align, align_faces, similarity_transform
 from featherface.detections import Detections
-from featherface.draw import BOX_COLOUR, draw
+from featherface.draw import BOX_COLOUR, draw_faces
 from featherface.errors import ImageError
 
 
@@ -21,7 +22,7 @@ def faces(boxes, size):
 def test_drawing_marks_a_copy():
     image = paint(200, 300, [])
     before = image.copy()
-    picture = draw(image, faces([[50, 60, 150, 160]], (200, 300)), scores=False, line_width=2)
+    picture = draw_faces(image, faces([[50, 60, 150, 160]], (200, 300)), scores=False, line_width=2)
     assert isinstance(picture, Image.Image) and picture.size == (300, 200) and (image == before).all()
     pixels = np.asarray(picture)
     green = (pixels == BOX_COLOUR).all(axis=2)
@@ -34,19 +35,36 @@ def test_drawing_marks_a_copy():
 def test_drawing_scores_and_landmarks_is_optional():
     found = faces([[50, 60, 150, 160]], (200, 300))
     image = paint(200, 300, [])
-    plain = np.asarray(draw(image, found, scores=False, landmarks=False))
-    assert (np.asarray(draw(image, found, scores=True, landmarks=False)) != plain).any()
-    assert (np.asarray(draw(image, found, scores=False, landmarks=True)) != plain).any()
-    assert (np.asarray(draw(Image.fromarray(image), found)) == np.asarray(draw(image, found))).all()
-    assert draw(Image.fromarray(image).convert("L"), found).mode == "RGB"
+    plain = np.asarray(draw_faces(image, found, scores=False, landmarks=False))
+    assert (np.asarray(draw_faces(image, found, scores=True, landmarks=False)) != plain).any()
+    assert (np.asarray(draw_faces(image, found, scores=False, landmarks=True)) != plain).any()
+    assert (np.asarray(draw_faces(Image.fromarray(image), found)) == np.asarray(draw_faces(image, found))).all()
+    assert draw_faces(Image.fromarray(image).convert("L"), found).mode == "RGB"
+
+
+def test_drawing_takes_what_the_detector_takes(tmp_path):
+    image = paint(200, 300, [])
+    found = faces([[50, 60, 150, 160]], (200, 300))
+    expected = np.asarray(draw_faces(image, found))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(image)).save(tmp_path / "turned.png", exif=exif)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    for source in (image.astype(np.float32), tensor, tensor.double(), tmp_path / "turned.png"):
+        assert (np.asarray(draw_faces(source, found)) == expected).all()
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert turned.size == (200, 300)
+        assert (np.asarray(draw_faces(turned, found)) == expected).all()
+    with pytest.raises(ImageError, match="found in an image of 300x200 pixels, this has 200x300"):
+        draw_faces(np.ascontiguousarray(np.rot90(image)), found)
 
 
 def test_drawing_of_nothing_and_of_extreme_boxes():
     image = paint(40, 30, [])
-    assert (np.asarray(draw(image, Detections.empty((40, 30)))) == image).all()
+    assert (np.asarray(draw_faces(image, Detections.empty((40, 30)))) == image).all()
     extreme = [[0, 0, 30, 40], [0, 0, 0.2, 0.1], [29.5, 39.5, 30, 40], [3, 3, 4, 4]]
-    assert draw(image, faces(extreme, (40, 30))).size == (30, 40)
-    assert draw(paint(1, 1, []), faces([[0, 0, 1, 1]], (1, 1))).size == (1, 1)
+    assert draw_faces(image, faces(extreme, (40, 30))).size == (30, 40)
+    assert draw_faces(paint(1, 1, []), faces([[0, 0, 1, 1]], (1, 1))).size == (1, 1)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.5, -2.0, 3.1])

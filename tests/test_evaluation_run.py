@@ -284,6 +284,7 @@ def test_the_protocol_sets_what_a_face_detector_does(data_set):
     report = evaluate(detector, data_set, "vga640", replicates=10)
     assert network.sizes == [(200, 100), (640, 50), (100, 100)]
     assert (report.model, report.weights, report.weights_sha256, report.device) == ("Recorder", None, None, "cpu")
+    assert report.kernels == "plain PyTorch"
     assert len(report.results[0].scores.matches["all"].image) == 6
     assert (detector.score_threshold, detector.size, detector.keep_top_k, detector.pad) == (0.9, 320, 1, 0.5)
     network.sizes.clear()
@@ -410,6 +411,7 @@ def test_command_runs_a_detector(data_set, tmp_path, capsys):
     content = json.loads((tmp_path / "r.json").read_text())
     assert (content["model"], content["weights"]) == ("featherface_v2", "w.safetensors")
     assert content["weights_sha256"] == sha256(weights) and content["images"] == 2
+    assert content["kernels"] == FaceDetector(weights, device="cpu").kernels
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert sorted(read_predictions(tmp_path / "found")) == ["a/1", "a/2"]
 
@@ -419,7 +421,8 @@ def test_command_runs_a_detector(data_set, tmp_path, capsys):
     [
         ([], "give --data DIR"),
         (["--predictions", "{out}"], "give a ground truth or a data set"),
-        (["--predictions", "{out}", "--weights", "w.pth", "--data", "{set}"], "leave out --weights"),
+        (["--predictions", "{out}", "--weights", "w.pth", "--data", "{set}"], "leave out --weights\n"),
+        (["--predictions", "{out}", "--data", "{set}", "--score", "0.5", "--dtype", "x"], "leave out --score, --dtype"),
         (["--data", "{set}", "--output", "{set}"], "--output {set} is a folder"),
         (["--data", "{set}", "--output", "{set}/label.txt/x.json"], "cannot be written to"),
         (["--data", "{set}", "--plot", "{set}/label.txt/x.png"], "cannot be written to"),

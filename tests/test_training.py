@@ -587,6 +587,24 @@ def test_a_resumed_run_keeps_what_the_environment_said_when_it_began(root, tmp_p
         )
 
 
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.close()
+    for name in (".last.abc.pt", ".final.abc.safetensors", ".mine.pt", "last.pt"):
+        (tmp_path / name).write_bytes(b"x")
+    RunFolder(tmp_path).close()
+    assert {path.name for path in tmp_path.iterdir()} == {".mine.pt", "last.pt", "run.lock"}
+
+
+def test_landmarks_that_nothing_teaches_are_said(root, tmp_path, capsys):
+    changes = {"schedule__epochs": 1, "validation__every": 0, "distillation__landmark_weight": 0.0}
+    for name, taught, words in (("no", 0.0, "not trained; do not use them"), ("own", 0.1, "come from the annotations")):
+        config = make_config(root, **changes, task__landmark_weight=taught)
+        train(config, tmp_path / name)
+        assert ("landmarks are not trained" in "".join(capsys.readouterr())) == (not taught)
+        assert f"Landmarks {words}" in (tmp_path / name / "model_card.md").read_text().replace("were ", "")
+
+
 def test_tables_that_lost_their_end_keep_the_rest(tmp_path):
     table = Table(tmp_path / "t.csv", ["a", "b"])
     assert table.restore(0)

@@ -75,6 +75,11 @@ def test_every_option_is_explained():
         ({"augmentation": {"sizes": [64, 100]}}, "multiple of 32"),
         ({"augmentation": {"scales": []}}, "at least one scale"),
         ({"average": {"decay": 1.0}}, "average.decay"),
+        ({"optimizer": {"beta2": 1.0}}, "optimizer.beta2 is 1; it must be at least 0 and below 1"),
+        ({"optimizer": {"lr": float("inf")}}, "optimizer.lr is inf; it must be finite"),
+        ({"augmentation": {"scales": [1.0, float("nan")]}}, r"augmentation.scales is \[1.0, nan\]; it must be finite"),
+        ({"validation": {"limit": -1}}, "validation.limit is -1; it must be at least 0"),
+        ({"task": {"multibox_threshold": 7}}, "task.multibox_threshold is 7.0; it must be from 0 to 1"),
         ({"distillation": {"cache_gb": 1.0}}, "views that repeat"),
     ],
 )
@@ -124,6 +129,13 @@ def test_print_config_and_presets_from_the_command_line(capsys):
     assert "name the folder of the run" in errors and "no preset 'best'; choose from: default, cpu, seed" in errors
     tomllib = pytest.importorskip("tomllib")
     assert from_dict(tomllib.loads(printed)).optimizer.lr == 0.5
+
+
+def test_a_data_root_is_taken_as_it_is_written(capsys):
+    for root in ("2026-11-27", "1_000", "true", 'a "b"'):
+        assert main(["train", "--data", root, "--print-config"]) == 0
+        tomllib = pytest.importorskip("tomllib")
+        assert tomllib.loads(capsys.readouterr().out)["data"]["root"] == root
 
 
 def test_learning_rate_warms_up_and_falls_along_a_cosine():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import typer
 
@@ -60,7 +62,8 @@ def run(arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(args=arguments, prog_name="featherface", standalone_mode=False)
+        with _terminated():
+            code = app(args=arguments, prog_name="featherface", standalone_mode=False)
         sys.stdout.flush()
         # Newer versions of typer turn an interruption into this code, older ones into Abort.
         if code == 130:
@@ -69,6 +72,9 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("featherface: interrupted", file=sys.stderr)
         return 130
+    except Terminated:
+        print("featherface: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except BrokenPipeError:
         _silence()
         return 1
@@ -94,6 +100,30 @@ def run(arguments: list[str]) -> int:
             return _fail(str(error))
         name = type(error).__name__
         return _fail(f"internal error, {name}: {str(error) or 'no message'} (--debug shows where; please report it)", 1)
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception, so that whatever is half-written is removed on the way out."""
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Raises :class:`Terminated` at SIGTERM, where nobody else takes it. A training's steps have their own handler."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    before = None
+    # Handlers belong to the main thread; elsewhere the caller has its own.
+    with contextlib.suppress(ValueError):
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _fail(sentence: str, code: int = 2) -> int:

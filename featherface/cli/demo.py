@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..detector import FaceDetector
-from ..draw import draw
+from ..draw import draw_faces
 from ..errors import FeatherFaceError
 from ..files import atomic_write
 from . import options
@@ -57,7 +57,7 @@ def demo(
     image = photograph()
     faces = detector.detect(image)
     with atomic_write(output) as temporary:
-        draw(image, faces).save(temporary)
+        draw_faces(image, faces).save(temporary)
     console = Console(highlight=False, soft_wrap=True)
     table = Table("face", "score", "x1", "y1", "x2", "y2", title=f"{len(faces)} found by {detector.model_name}")
     for i, (box, score) in enumerate(zip(faces.boxes, faces.scores)):
@@ -83,7 +83,7 @@ def demo(
 def kernels_of(detector: FaceDetector, image: np.ndarray) -> str:
     """What runs the network: the engine, or the backends of its ops and the reasons for what is not fused."""
     if detector.engine is not None:
-        return f"CPU engine ({detector.engine.computes}, {detector.engine.isa})"
+        return detector.kernels
     rows = detector.report(image)
     reasons = sorted({row.reason for row in rows if row.backend == "reference" and row.reason})
     ops = _named([row.backend for row in rows]) + (f" ({'; '.join(reasons)})" if reasons else "")

@@ -20,7 +20,7 @@ import ffkernels
 from ..align import align
 from ..detections import Detections
 from ..detector import FaceDetector
-from ..draw import draw
+from ..draw import draw_faces
 from ..errors import FeatherFaceError, ImageError
 from ..files import atomic_write
 from ..images import SUFFIXES
@@ -161,7 +161,7 @@ class Run:
     def _picture(self, i: int, item: Input, image: np.ndarray, detections: Detections) -> None:
         if self.targets is not None:
             with atomic_write(self.targets[i]) as temporary:
-                _save(draw(image, detections), temporary)
+                _save(draw_faces(image, detections), temporary)
         self._write(Row(str(item.source), detections))
         self.done += 1
         self._crops(item.source, item.name.with_suffix(""), image, detections)
@@ -201,7 +201,7 @@ class Run:
             stack.callback(self.progress.remove_task, task)
             for image, detections in self._frames(reader):
                 if writer is not None:
-                    writer.write(np.asarray(draw(image, detections)))
+                    writer.write(np.asarray(draw_faces(image, detections)))
                 self._write(Row(name, detections, frame=count, seconds=round(count / reader.frames_per_second, 3)))
                 self._crops(name, item.name.with_name(f"{item.name.stem}_{count:06d}"), image, detections)
                 count, faces = count + 1, faces + len(detections)
@@ -277,6 +277,7 @@ class Run:
             "weights": d.weights and d.weights.name,
             "weights_sha256": d.weights_sha256,
             "device": str(d.device),
+            "kernels": d.kernels,
             **{name: getattr(d, name) for name in settings},
         }
 

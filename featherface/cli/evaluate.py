@@ -19,7 +19,15 @@ class ProtocolName(str, Enum):
     s1600 = "s1600"
 
 
+# Of the detector, which --predictions does without.
+DETECTOR_OPTIONS = (
+    *("weights", "model", "protocol", "score", "nms", "multiple", "device", "fused", "threads", "dtype"),
+    "save_predictions",
+)
+
+
 def evaluate(
+    context: typer.Context,
     weights: Weights = None,
     model: Model = None,
     data: Annotated[
@@ -89,10 +97,10 @@ def evaluate(
     if plot is not None:
         writable_file(plot, "--plot")
     if predictions is not None:
-        if weights is not None or model is not None or save_predictions is not None:
-            raise FeatherFaceError(
-                "--predictions runs no detector; leave out --weights, --model and --save-predictions"
-            )
+        given = [name for name in DETECTOR_OPTIONS if context.get_parameter_source(name).name != "DEFAULT"]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise FeatherFaceError(f"--predictions runs no detector; leave out {options}")
         report = evaluate_predictions(predictions, ground_truth, data=data, limit=limit, baseline=baseline)
     else:
         if data is None:

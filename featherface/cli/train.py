@@ -51,10 +51,9 @@ def train(
         base = from_dict(state["config"])
     if config is not None:
         base = load_config(config, base)
-    assignments = list(set_ or [])
+    chosen = override(base, set_ or [])
     if data is not None:
-        assignments.append(f"data.root={data}")
-    chosen = override(base, assignments)
+        chosen.data.root = str(data)
     if print_config:
         print(dump(chosen), end="")
         return

@@ -44,9 +44,9 @@ class Row:
 class JsonWriter:
     """Writes ``{"detector": {...}, "results": [...]}``.
 
-    ``detector`` holds version, model, weights with SHA-256, device and settings. A result has ``file``; in videos
-    ``frame`` (from 0) and ``seconds``; and either ``error`` or ``width``, ``height`` and ``faces``. A face has ``box``
-    (x1 y1 x2 y2), ``score`` and ``landmarks`` (name to [x, y]), in pixels of the upright image.
+    ``detector`` holds version, model, weights with SHA-256, device, kernels and settings. A result has ``file``; in
+    videos ``frame`` (from 0) and ``seconds``; and either ``error`` or ``width``, ``height`` and ``faces``. A face has
+    ``box`` (x1 y1 x2 y2), ``score`` and ``landmarks`` (name to [x, y]), in pixels of the upright image.
     """
 
     def __init__(self, file: TextIO, detector: dict[str, Any]) -> None:

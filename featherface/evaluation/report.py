@@ -63,7 +63,8 @@ class Report:
         replicates: bootstrap replicates behind the intervals.
         landmarks: landmark error, for a data set with landmarks.
         protocol, score_threshold, nms_threshold, multiple: None for predictions of unknown origin.
-        model, weights, weights_sha256, device: the detector, where it is known; ``weights`` is the file's name.
+        model, weights, weights_sha256, device, kernels: the detector, where it is known; ``weights`` is the file's
+            name, ``kernels`` as :attr:`featherface.FaceDetector.kernels`.
         predictions: name of the scored folder or file of predictions.
         unused_predictions: images among the predictions that were not to be scored.
         baseline: name of the predictions compared with.
@@ -82,6 +83,7 @@ class Report:
     weights: str | None = None
     weights_sha256: str | None = None
     device: str | None = None
+    kernels: str | None = None
     predictions: str | None = None
     unused_predictions: int = 0
     baseline: str | None = None
@@ -115,6 +117,7 @@ class Report:
             "weights": self.weights,
             "weights_sha256": self.weights_sha256,
             "device": self.device,
+            "kernels": self.kernels,
             "predictions": self.predictions,
             "baseline": self.baseline,
             "average_precision": {result.rules: result.to_dict() for result in self.results},

@@ -104,8 +104,8 @@ def evaluate(
         nms_threshold: the same.
         multiple: the same; a ``FaceDetector`` pads the image at right and bottom to a multiple of it. 1, no padding, is
             what the published protocols do.
-        facts: what the report says of the detector: ``model``, ``weights``, ``weights_sha256``, ``device``. Those of
-            a ``FaceDetector`` are taken from it.
+        facts: what the report says of the detector: ``model``, ``weights``, ``weights_sha256``, ``device``,
+            ``kernels``. Those of a ``FaceDetector`` are taken from it.
         progress: see :func:`detect_dataset`.
 
     Raises:
@@ -271,5 +271,6 @@ def _as_function(
         "weights": detector.weights.name if detector.weights else None,
         "weights_sha256": detector.weights_sha256,
         "device": str(detector.device),
+        "kernels": detector.kernels,
     }
     return detect, {**own, **(facts or {})}

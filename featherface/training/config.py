@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import os
 import re
 import textwrap
@@ -97,8 +98,8 @@ class Optimizer:
             all that is no convolution).
         lr: largest learning rate.
         weight_decay: of convolution and linear weights; biases, normalisation and fusion weights have none.
-        momentum: of sgd; beta1 of adamw.
-        beta2: of adamw.
+        momentum: of sgd; beta1 of adamw, also of muon's.
+        beta2: of adamw, also of muon's.
         clip: largest norm of the gradients; 0 for no limit.
     """
 
@@ -201,6 +202,7 @@ LEAST = {
     "optimizer.lr": 0,
     "optimizer.clip": 0,
     "validation.every": 0,
+    "validation.limit": 0,
     "validation.long_side": 0,
     "runtime.log_every": 1,
     "task.atss_top_k": 1,
@@ -221,15 +223,17 @@ LEAST = {
 SHARES = (
     *(f"augmentation.{name}" for name in ("anchor_sampling", "mosaic", "mirror", "aliased", "distort", "grey")),
     *(f"augmentation.{name}" for name in ("blur", "jpeg", "contrast", "saturation")),
-    "optimizer.momentum",
-    "optimizer.beta2",
     "schedule.final",
+    "task.multibox_threshold",
+    "task.multibox_override",
     "validation.score_threshold",
     "validation.nms_threshold",
     "distillation.mask_threshold",
     "distillation.positive_threshold",
 )
 """Options from 0 to 1."""
+
+BELOW_ONE = ("model.prior", "average.decay", "optimizer.momentum", "optimizer.beta2")
 
 
 @dataclass
@@ -262,6 +266,12 @@ class Config:
         Raises:
             ConfigError: naming the option.
         """
+        for section in dataclasses.fields(self):
+            for option in dataclasses.fields(getattr(self, section.name)):
+                value = getattr(getattr(self, section.name), option.name)
+                for number in value if isinstance(value, list) else [value]:
+                    if isinstance(number, float) and not math.isfinite(number):
+                        raise ConfigError(f"{section.name}.{option.name} is {value!r}; it must be finite")
         for key, choices in CHOICES.items():
             section, name = key.split(".")
             value = getattr(getattr(self, section), name)
@@ -282,10 +292,11 @@ class Config:
             raise ConfigError(f"augmentation.sizes is {sizes}; expected at least one side, each a multiple of 32")
         if not self.augmentation.scales or min(self.augmentation.scales) <= 0:
             raise ConfigError("augmentation.scales must name at least one scale, all above 0")
-        if not 0 <= self.model.prior < 1:
-            raise ConfigError(f"model.prior is {self.model.prior:g}; it must be at least 0 and below 1")
-        if not 0 <= self.average.decay < 1:
-            raise ConfigError(f"average.decay is {self.average.decay:g}; it must be at least 0 and below 1")
+        for key in BELOW_ONE:
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if not 0 <= value < 1:
+                raise ConfigError(f"{key} is {value:g}; it must be at least 0 and below 1")
         for key in ("anchor_sides", "blur_sigma", "jpeg_quality"):
             bounds = getattr(self.augmentation, key)
             if len(bounds) != 2 or bounds[0] > bounds[1]:

@@ -45,7 +45,8 @@ def model_card(
         raise FeatherFaceError(f"{folder} holds no checkpoint of a training run")
     config = from_dict(state["config"])
     facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
-    validation = Table(folder / "validation.csv", []).read()
+    validation, metrics = (Table(folder / name, []).read() for name in ("validation.csv", "metrics.csv"))
+    landmarks = any(float(row.get(name) or 0) for row in metrics for name in ("landmark", "teacher_landmark"))
     sections = [
         f"# {config.model.name}",
         "A face detector: boxes, scores and five landmarks (eyes, nose, corners of the mouth).",
@@ -54,7 +55,7 @@ def model_card(
         _training(config, state, facts, json.loads(read_metadata(weights).get("average_of", "[]")) if weights else []),
         _results(config, validation, reports or {}),
         _speed(speed),
-        _limits(config),
+        _limits(config, landmarks),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -181,8 +182,9 @@ def _speed(reports: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _limits(config: Config) -> str:
+def _limits(config: Config, landmarks: bool) -> str:
     smallest = max(config.augmentation.min_face, 1)
+    taught = config.distillation.teacher and config.distillation.landmark_weight
     return "\n".join(
         [
             "## Limits, intended use, licence",
@@ -192,7 +194,11 @@ def _limits(config: Config) -> str:
             "- It finds faces; it does not identify people, and must not be the only basis of a decision about one.",
             "- Photographs from the web are not a fair sample of mankind: error rates by skin colour, age or sex were "
             "not measured. Measure them on your own data before you rely on it.",
-            "- Landmarks come from the teacher where annotations have none.",
+            "- Landmarks were not trained; do not use them."
+            if not landmarks
+            else "- Landmarks come from the teacher where annotations have none."
+            if taught
+            else "- Landmarks come from the annotations that have them.",
             "- Code: MIT. The weights were trained on photographs whose licences are not clear; WIDER FACE is offered "
             "for research. Judge for yourself whether that allows your use.",
         ]

@@ -71,6 +71,11 @@ class RunFolder:
                 f"another process is training in {path}; wait for it, or choose another run folder"
             ) from error
 
+        # What a process that was killed while it wrote has left.
+        for name in (CHECKPOINT, "best.safetensors", "final.safetensors"):
+            for path in self.path.glob(f".{Path(name).stem}.*{Path(name).suffix}"):
+                path.unlink(missing_ok=True)
+
     def close(self) -> None:
         self._lock.close()
 

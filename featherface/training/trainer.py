@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -372,6 +373,15 @@ class Trainer:
             f"{len(data.train)} images to train on ({self._unlabelled(data)} without annotations), "
             f"{len(data.validation)} to validate on"
         )
+        distillation, task = self.config.distillation, self.config.task
+        known = any(np.isfinite(data.landmarks[index]).any() for index in data.train)
+        if not (distillation.teacher and distillation.landmark_weight) and not (
+            known and task.landmark_weight and (distillation.task_weight or not distillation.teacher)
+        ):
+            self.say(
+                "landmarks are not trained: no term of the loss has any to learn from (annotations without landmarks, "
+                "or weights of 0 in task.landmark_weight and distillation.landmark_weight)"
+            )
         return data
 
     def _unlabelled(self, data: FaceData | None = None) -> int:

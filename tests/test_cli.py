@@ -196,13 +196,13 @@ def test_what_a_folder_holds_besides_images_is_said(capsys, marks, photos):
         (photos / name).write_bytes(b"x")
     code, _, err = run(capsys, "detect", photos)
     assert code == 0 and err == (
-        f"featherface: {photos}: 2 videos were left out: name them themselves (.mov, .mp4)\n"
-        f"featherface: {photos}: 1 images were left out, of formats that Pillow does not read: convert them (.heic)\n"
+        f"featherface: {photos}: videos left out, name them themselves: 2 (.mov, .mp4)\n"
+        f"featherface: {photos}: images left out, of formats that Pillow does not read: 1 (.heic)\n"
     )
     assert run(capsys, "detect", photos, "--quiet")[2] == ""
     for name in ("a.png", "b.png"):
         (photos / name).unlink()
-    assert "holds no images" in (err := refused(capsys, "detect", photos)) and "2 videos were left out" in err
+    assert "holds no images" in (err := refused(capsys, "detect", photos)) and "videos left out" in err
 
 
 def test_a_broken_file_among_many(capsys, marks, photos, tmp_path):

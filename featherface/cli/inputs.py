@@ -58,11 +58,11 @@ def left_out(arguments: Sequence[str], recursive: bool = False) -> list[str]:
             continue
         files = [p for p in _walk(folder, recursive) if p.is_file()]
         for suffixes, what in (
-            (VIDEO_SUFFIXES, "videos were left out: name them themselves"),
-            (FOREIGN_SUFFIXES, "images were left out, of formats that Pillow does not read: convert them"),
+            (VIDEO_SUFFIXES, "videos left out, name them themselves"),
+            (FOREIGN_SUFFIXES, "images left out, of formats that Pillow does not read"),
         ):
             if found := sorted(p.suffix.lower() for p in files if p.suffix.lower() in suffixes):
-                notes.append(f"{folder}: {len(found)} {what} ({', '.join(dict.fromkeys(found))})")
+                notes.append(f"{folder}: {what}: {len(found)} ({', '.join(dict.fromkeys(found))})")
     return notes
 
 

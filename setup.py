@@ -78,7 +78,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def git_revision() -> str | None:
-    """Revision of the checkout, with "-dirty" where it has changes; an sdist carries it in PKG-INFO's neighbour."""
+    """Revision of the checkout, with "-dirty" where it has changes; None where there is none, as in an sdist."""
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     revision = run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]).stdout.strip()

@@ -43,7 +43,8 @@ class BatchNorm(NamedTuple):
                 f"fused modules normalise with nn.BatchNorm2d, found {type(module).__name__}: "
                 "SyncBatchNorm and replaced normalisation layers are not supported"
             )
-        if running_mean is None and module.track_running_stats:
+        # In evaluation a module that has statistics uses them, also where it is told to track none any more.
+        if running_mean is None and (module.track_running_stats or not module.training):
             running_mean, running_var = module.running_mean, module.running_var
             num_batches_tracked = module.num_batches_tracked
         momentum = 0.0 if module.momentum is None else module.momentum
@@ -59,7 +60,8 @@ def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Ten
     """Weight, bias, running mean and running variance for kernels of ``dtype``; in training they read no statistics.
 
     A dtype narrower than that of the statistics may not hold them: a variance of 83,378 is infinite in float16. There
-    the affine takes them in: weight / sqrt(var + eps), bias - mean * that, and statistics of 0 and 1.
+    the affine takes them in: weight / sqrt(var + eps), bias - mean * that, and statistics of 0 and 1 - eps, to which
+    kernels add eps.
     """
     if bn is None:
         return (None,) * 4
@@ -71,7 +73,7 @@ def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Ten
     scale = torch.rsqrt(var + bn.eps)
     scale = scale if bn.weight is None else scale * bn.weight
     shift = -mean * scale if bn.bias is None else bn.bias - mean * scale
-    return scale, shift, torch.zeros_like(mean), torch.ones_like(var)
+    return scale, shift, torch.zeros_like(mean), torch.full_like(var, 1 - bn.eps)
 
 
 def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, int]]) -> None:

@@ -33,8 +33,9 @@ def table() -> Rows:
 
 
 def size_of(op: str, x: Tensor, needs_grad: bool) -> int:
-    """The size by which the table chooses for a call, in powers of two; 0 where the table has nothing to say."""
-    if needs_grad or not x.is_cuda or (op, x.dtype) not in table():
+    """The size by which the table chooses for a call, in powers of two; 0 where the table has nothing to say, and in
+    graphs that are compiled, whose sizes may be symbols."""
+    if needs_grad or not x.is_cuda or torch.compiler.is_compiling() or (op, x.dtype) not in table():
         return 0
     return int(x.numel()).bit_length()
 

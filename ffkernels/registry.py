@@ -202,6 +202,8 @@ def select(op: str, x: Tensor, policy: Policy, needs_grad: bool = False, **facts
         return _checked(op, x, policy, "reference", "TorchScript tracing")
     if torch._C._are_functorch_transforms_active():
         return _checked(op, x, policy, "reference", "inside a torch.func transform")
+    if forward_mode():
+        return _checked(op, x, policy, "reference", "inside forward-mode differentiation")
     key = (op, policy, call)
     selection = _cache.get(key)
     if selection is None:
@@ -212,6 +214,11 @@ def select(op: str, x: Tensor, policy: Policy, needs_grad: bool = False, **facts
     if selection.backend == "reference":
         return _checked(op, x, policy, "reference", selection.reason)
     return selection.backend
+
+
+def forward_mode() -> bool:
+    """Whether tangents may be carried along (``torch.autograd.forward_ad``), of which the kernels know nothing."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def _checked(op: str, x: Tensor, policy: Policy, backend: str, reason: str) -> str:
@@ -229,6 +236,11 @@ def _log_fallback(op: str, policy: Policy, selection: Selection) -> None:
     if (op, selection.reason) not in _logged:
         _logged.add((op, selection.reason))
         log.warning("%s runs on plain PyTorch (%s)", op, selection.reason)
+
+
+def recording() -> bool:
+    """Whether calls are being recorded."""
+    return _recorder is not None
 
 
 @contextmanager

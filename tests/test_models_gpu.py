@@ -79,6 +79,7 @@ def test_v1_evaluation_under_autocast(gpu, dtype, autocast):
         wanted = exact(x.double())
         with autocast(gpu, dtype):
             results = [model(x.to(gpu.device)) for model in (fused, single)]
+    assert results[0][1].dtype is torch.float32, "of probabilities, as PyTorch has it"
     for mine, theirs, want in zip(*results, wanted):
         mine, theirs = mine.double().cpu(), theirs.double().cpu()
         assert (mine - want).norm() <= 2 * (theirs - want).norm() + 1e-3 * want.norm()

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from backends import FORMATS
+from functorch.compile import make_boxed_func
 from layers import check_gradients, conv, norm, same_statistics, stock_conv, stock_norm, tensor
+from torch._dynamo.backends.common import aot_autograd
 
 import ffkernels
 from featherface.models import SharedMultiHead
@@ -104,3 +106,22 @@ class TestModule:
             (landmarks, module.landmark_head, 10),
         ):
             torch.testing.assert_close(y, layer(t).permute(0, 2, 3, 1).reshape(2, 18, k))
+
+
+def test_compiled_training_takes_other_sizes_without_compiling_again():
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph))(module, inputs)
+
+    torch._dynamo.reset()
+    heads = [head() for _ in SIZES]
+    run = torch.compile(lambda x: ffkernels.multi_head(x, heads, policy=ffkernels.Policy("1", "cpu")), backend=backend)
+    for n in (8, 6, 5, 7, 9):
+        x = features(sizes=((n, n + 1), (n - 1, n), (n - 2, n - 1)))
+        outputs = run(x)
+        sum(y.square().sum() for y in outputs).backward()
+        torch.testing.assert_close(outputs[1], ffkernels.multi_head(x, heads)[1])
+    torch._dynamo.reset()
+    assert len(graphs) <= 2

@@ -264,7 +264,10 @@ class Trainer:
                 self.network, device_ids=[self.device.index] if self.device.type == "cuda" else None
             )
         if runtime.compile:
-            self.model = torch.compile(self.model)
+            # The gradient of a maximum is shared by the values that equal it. Computed again in float32, none equals
+            # the maximum that was rounded to bfloat16, and it is divided by a count of 0.
+            options = {"emulate_precision_casts": True} if runtime.amp != "off" else None
+            self.model = torch.compile(self.model, options=options)
         if runtime.tensorboard and self.world.first:
             self.board = _tensorboard(self.path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -52,7 +53,31 @@ def unavailable() -> str | None:
         return "no CUDA device"
     if not torch.cuda.is_available():
         return "this PyTorch has no CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+    architectures = build_info()["cuda"]["architectures"]
+    for device in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(device)
+        if not has_code(architectures, major, minor):
+            return (
+                f"the kernels were built for sm_{', sm_'.join(architectures)} and {torch.cuda.get_device_name(device)} "
+                f"is sm_{major}{minor}: build them with FF_CUDA_ARCHS={major}{minor}"
+            )
     return None
+
+
+def has_code(architectures: Sequence[str], major: int, minor: int) -> bool:
+    """Whether code for these architectures, such as "80" or "90a", runs on a GPU of a compute capability.
+
+    Machine code runs on GPUs of the same major and no lower minor version, with the suffix ``a`` on that version alone;
+    the PTX of the newest one without a suffix also runs on all later ones.
+    """
+    plain = [int(arch) for arch in architectures if arch.isdigit()]
+    if plain and max(plain) <= 10 * major + minor:
+        return True
+    for arch in architectures:
+        of_major, of_minor = divmod(int(arch.rstrip("af")), 10)
+        if of_major == major and (of_minor == minor if arch.endswith("a") else of_minor <= minor):
+            return True
+    return False
 
 
 def stream(x: Tensor) -> int:

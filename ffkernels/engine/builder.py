@@ -509,7 +509,7 @@ class Builder:
         import torch
 
         params = [ConvParams.of(c) if isinstance(c, nn.Conv2d) else c for c in convs]
-        zero = [torch.zeros(p.weight.shape[0], dtype=p.weight.dtype) if p.bias is None else p.bias for p in params]
+        zero = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in params]
         return ConvParams(torch.cat([p.weight for p in params]), torch.cat(zero), *params[0][2:])
 
     def concat(self, values: Sequence[Value], activation: str = "none") -> Value:

@@ -130,7 +130,7 @@ class Weights:
     def add(self, values: np.ndarray | Tensor) -> int:
         """Append values, from a multiple of 64 bytes on. Returns their offset."""
         if isinstance(values, Tensor):
-            values = values.detach().double().numpy()
+            values = values.detach().cpu().double().numpy()
         if values.dtype == np.uint16:
             flat = np.ascontiguousarray(values).reshape(-1).view(np.float32)
         elif values.dtype.kind in "iu":

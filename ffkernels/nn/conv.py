@@ -12,27 +12,25 @@ from ..ops.conv_chain import conv_chain
 from ..ops.depthwise_separable import depthwise_separable
 from ..ops.grouped_conv_bn_act import grouped_conv_bn_act
 from ..params import ConvParams, ConvUnit
-from .module import FusedModule
+from .module import FusedModule, FusedSequential, hooked
 
 if TYPE_CHECKING:
     from ..engine.builder import Builder
     from ..engine.graph import Value
 
 
+ACTIVATION_LAYERS = {"none": nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU}
+
+
 def activation_layer(activation: str, negative_slope: float = 0.1) -> nn.Module:
     """The stock layer for the name of an activation."""
-    layers = {
-        "none": nn.Identity,
-        "relu": lambda: nn.ReLU(inplace=True),
-        "leaky_relu": lambda: nn.LeakyReLU(negative_slope, inplace=True),
-        "silu": lambda: nn.SiLU(inplace=True),
-    }
-    if activation not in layers:
-        raise ValueError(f"unknown activation {activation!r}, use one of: {', '.join(layers)}")
-    return layers[activation]()
+    if activation not in ACTIVATION_LAYERS:
+        raise ValueError(f"unknown activation {activation!r}, use one of: {', '.join(ACTIVATION_LAYERS)}")
+    options = {"none": {}, "leaky_relu": {"negative_slope": negative_slope, "inplace": True}}
+    return ACTIVATION_LAYERS[activation](**options.get(activation, {"inplace": True}))
 
 
-class ConvBNAct(FusedModule, nn.Sequential):
+class ConvBNAct(FusedSequential):
     """``nn.Sequential(nn.Conv2d, nn.BatchNorm2d, activation)`` run as one op, with the same parameter names.
 
     Args:
@@ -67,19 +65,25 @@ class ConvBNAct(FusedModule, nn.Sequential):
         self.append(activation_layer(activation, negative_slope))
         self.activation, self.negative_slope = activation, negative_slope
 
+    def ff_stock(self) -> tuple[type[nn.Module], ...]:
+        return nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation]
+
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
         return [ConvUnit(ConvParams.of(self[0]), BatchNorm.of(self[1]), self.activation, self.negative_slope)]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.ff_layers_run():
+            return nn.Sequential.forward(self, x)
         conv, bn = ConvParams.of(self[0]), BatchNorm.of(self[1])
         return grouped_conv_bn_act(x, conv, bn, self.activation, self.negative_slope, policy=self.ff_policy)
 
     def ff_plan(self, builder: Builder, x: Value) -> Value:
+        self.ff_check_stock()
         return builder.conv(x, self[0], self[1], self.activation, self.negative_slope)
 
 
-class DepthwiseSeparable(FusedModule, nn.Sequential):
+class DepthwiseSeparable(FusedSequential):
     """MobileNetV1's block run as one op: 3x3 depthwise, BN, activation, 1x1, BN, activation, without biases.
 
     Parameter names are those of the ``nn.Sequential`` of these six layers.
@@ -111,6 +115,9 @@ class DepthwiseSeparable(FusedModule, nn.Sequential):
         self.append(activation_layer(activation, negative_slope))
         self.activation, self.negative_slope = activation, negative_slope
 
+    def ff_stock(self) -> tuple[type[nn.Module], ...]:
+        return 2 * (nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation])
+
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
         rest = self.activation, self.negative_slope
@@ -120,6 +127,8 @@ class DepthwiseSeparable(FusedModule, nn.Sequential):
         ]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.ff_layers_run():
+            return nn.Sequential.forward(self, x)
         return depthwise_separable(
             x,
             ConvParams.of(self[0]),
@@ -132,13 +141,15 @@ class DepthwiseSeparable(FusedModule, nn.Sequential):
         )
 
     def ff_plan(self, builder: Builder, x: Value) -> Value:
+        self.ff_check_stock()
         return builder.depthwise_separable(x, self[0], self[1], self[3], self[4], self.activation, self.negative_slope)
 
 
 class ConvChain(FusedModule, nn.Sequential):
     """``nn.Sequential`` of :class:`ConvBNAct` and :class:`DepthwiseSeparable` blocks, which fused runs as one op.
 
-    The blocks' own ``forward`` is called where it is plain PyTorch, or where a block has hooks.
+    The blocks' own ``forward`` is called where it is plain PyTorch, or where a block or a layer of it has hooks or was
+    replaced.
 
     Shape: that of the blocks, one after the other.
     """
@@ -153,15 +164,9 @@ class ConvChain(FusedModule, nn.Sequential):
         return () if self._runs_blocks() else self.children()
 
     def _runs_blocks(self) -> bool:
-        return self.ff_policy.mode == "0" or any(_hooked(m) for block in self for m in block.modules())
+        return self.ff_policy.mode == "0" or any(hooked(block) or block.ff_altered() is not None for block in self)
 
     def forward(self, x: Tensor) -> Tensor:
         if self._runs_blocks():
             return nn.Sequential.forward(self, x)
         return conv_chain(x, [unit for block in self for unit in block.units()], policy=self.ff_policy)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..batch_norm import BatchNorm
 from ..ops.deform_conv2d import deform_conv2d
 from ..params import ConvParams
-from .conv import activation_layer
-from .module import FusedModule
+from .conv import ACTIVATION_LAYERS, activation_layer
+from .module import FusedModule, FusedSequential
 
 if TYPE_CHECKING:
     from ..engine.builder import Builder
@@ -49,7 +49,7 @@ class DeformConv(FusedModule):
         return deform_conv2d(x, *self.sampling(x), ConvParams.of(self.regular_conv), None, policy=self.ff_policy)
 
 
-class DeformConvBNAct(FusedModule, nn.Sequential):
+class DeformConvBNAct(FusedSequential):
     """``nn.Sequential(DeformConv, nn.BatchNorm2d, activation)``, everything after the offsets run as one op.
 
     Args:
@@ -75,7 +75,12 @@ class DeformConvBNAct(FusedModule, nn.Sequential):
         self.append(activation_layer(activation, negative_slope))
         self.activation, self.negative_slope = activation, negative_slope
 
+    def ff_stock(self) -> tuple[type[nn.Module], ...]:
+        return DeformConv, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation]
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.ff_layers_run():
+            return nn.Sequential.forward(self, x)
         return deform_conv2d(
             x,
             *self[0].sampling(x),
@@ -87,6 +92,7 @@ class DeformConvBNAct(FusedModule, nn.Sequential):
         )
 
     def ff_plan(self, builder: Builder, x: Value) -> Value:
+        self.ff_check_stock()
         fields = builder.conv(x, builder.stack([self[0].offset_conv, self[0].modulator_conv]))
         return self.ff_plan_sampled(builder, x, fields, 0)
 

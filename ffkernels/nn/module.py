@@ -7,13 +7,20 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .. import config
+from .. import config, registry
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks, such as those of pruning."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class FusedModule(nn.Module):
     """A module that runs the op named ``ff_op`` under ``ff_policy``, which it takes from the environment (or from
-    :func:`ffkernels.use`) when it is built and keeps. Parameters, ``state_dict``, hooks and initialisation do not
-    depend on the policy.
+    :func:`ffkernels.use`) when it is built and keeps. Parameters, ``state_dict``, initialisation and the module's own
+    hooks do not depend on the policy.
 
     ``forward`` passes ``policy=self.ff_policy`` to a public function of ``ffkernels.ops``. ``ff_facts`` describes the
     call to the registry without making it, for :func:`ffkernels.report`.
@@ -37,3 +44,43 @@ class FusedModule(nn.Module):
     def extra_repr(self) -> str:
         mode, backend = self.ff_policy
         return "" if mode == "0" else f"fused={mode}, backend={backend}"
+
+
+class FusedSequential(FusedModule, nn.Sequential):
+    """An ``nn.Sequential`` of known layers that is run as one op, and as what it is where that would not be the same:
+    as plain PyTorch, and where a layer has hooks or is not of the class that :meth:`ff_stock` says."""
+
+    def ff_stock(self) -> tuple[type[nn.Module], ...]:
+        """The class of each layer that the op stands for."""
+        raise NotImplementedError
+
+    def ff_altered(self) -> str | None:
+        """Why the layers must be called one by one: one was replaced, or has hooks. None where the op does."""
+        for name, layer, stock in zip(self._modules, self, self.ff_stock(), strict=True):
+            if type(layer).forward is not stock.forward:
+                return f"layer {name} is {type(layer).__name__}"
+            if hooked(layer) or any(map(hooked, layer._modules.values())):
+                return f"layer {name} has hooks"
+        return None
+
+    def ff_layers_run(self) -> bool:
+        """Whether ``forward`` calls the layers one by one.
+
+        Raises:
+            FusedKernelRequired: it must, and the policy is ``"require"``.
+        """
+        # A report asks the op also where it is plain PyTorch.
+        if self.ff_policy.mode == "0":
+            return not registry.recording()
+        reason = self.ff_altered()
+        if reason is not None and self.ff_policy.mode == "require":
+            raise registry.FusedKernelRequired(f"{self.ff_op}: {reason}; set FF_USE_FUSED=1 to fall back to PyTorch")
+        return reason is not None
+
+    def ff_check_stock(self) -> None:
+        """
+        Raises:
+            ValueError: a layer was replaced, so that no plan of the known layers stands for this block.
+        """
+        if any(type(layer).forward is not stock.forward for layer, stock in zip(self, self.ff_stock(), strict=True)):
+            raise ValueError(f"a layer of {type(self).__name__} was replaced: {self.ff_altered()}")

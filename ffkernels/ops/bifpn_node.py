@@ -296,10 +296,12 @@ def bifpn_node(
         fits = item.shape[:2] == x.shape[:2] and (how == "up" or tuple(size) == tuple(x.shape[2:]))
         if not fits:
             checks.fail(OP, f"inputs[{i}] {tuple(item.shape)} with resample {how!r} does not fit {tuple(x.shape)}")
+        checks.same_device(OP, f"inputs[{i}]", item, x)
     if fusion_weight.dim() != 1 or fusion_weight.shape[0] < len(inputs):
         checks.fail(
             OP, f"fusion_weight {tuple(fusion_weight.shape)} must hold a weight for each of {len(inputs)} inputs"
         )
+    checks.same_device(OP, "fusion_weight", fusion_weight, x)
     channels = checks.convolution(OP, "depthwise", depthwise, x, x.shape[1])
     if depthwise.weight.shape[2:] != (3, 3) or depthwise.stride != 1 or depthwise.padding != 1:
         checks.fail(OP, f"depthwise must be 3x3, stride 1, padding 1, got weight {tuple(depthwise.weight.shape)}")
@@ -309,7 +311,7 @@ def bifpn_node(
             checks.fail(OP, f"pointwise must be a 1x1 convolution of stride 1, got {tuple(pointwise.weight.shape)}")
     if shuffle_groups < 1 or channels % shuffle_groups:
         checks.fail(OP, f"shuffle_groups={shuffle_groups} does not divide the {channels} output channels")
-    checks.batch_norm(OP, "bn", bn, channels)
+    checks.batch_norm(OP, "bn", bn, x, channels)
     record = checks.needs_grad(inputs, fusion_weight, depthwise, pointwise, bn)
     inputs = [checks.autocast_input(item) for item in inputs]
     same = len({item.dtype for item in inputs}) == 1

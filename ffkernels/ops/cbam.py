@@ -277,6 +277,7 @@ def cbam(
     for field, tensor, shape in zip(channel_mlp._fields, channel_mlp, expected):
         if tensor is not None and tensor.shape != shape:
             checks.fail(OP, f"channel_mlp.{field} must be {shape}, got {tuple(tensor.shape)}")
+        checks.same_device(OP, f"channel_mlp.{field}", tensor, x)
     groups = checks.convolution(OP, "spatial", spatial, x, 2 * spatial.groups)
     kernel = spatial.weight.shape[2:]
     if groups != spatial.groups or spatial.stride != 1 or any(k != 2 * spatial.padding + 1 for k in kernel):
@@ -288,7 +289,7 @@ def cbam(
     if not spatial_bn:
         checks.fail(OP, "spatial_bn is empty: it needs one batch normalisation per application")
     for i, bn in enumerate(spatial_bn):
-        checks.batch_norm(OP, f"spatial_bn[{i}]", bn, groups)
+        checks.batch_norm(OP, f"spatial_bn[{i}]", bn, x, groups)
     if spatial_order not in ("mean_max", "max_mean"):
         checks.fail(OP, f"unknown spatial_order {spatial_order!r}, use 'mean_max' or 'max_mean'")
     record = checks.needs_grad(x, channel_mlp, spatial, spatial_bn)

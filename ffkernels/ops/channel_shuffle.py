@@ -79,6 +79,7 @@ def channels_last(x: Tensor) -> Tensor:
     groups, which the CPU's kernel does several times faster than ``Tensor.contiguous``.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    traced = traced or registry.forward_mode()
     image = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
     same = x.is_contiguous(memory_format=torch.channels_last)
     if traced or not image or same or needs_grad(x) or not x.numel() or registry.backend_unavailable("cpu", "cpu"):

@@ -39,18 +39,25 @@ def convolution(op: str, name: str, conv: ConvParams, like: Tensor, channels: in
         fail(op, f"{name} needs stride >= 1 and padding >= 0, got {conv.stride} and {conv.padding}")
     if weight.dtype != like.dtype and autocast_dtype(like.device.type) is None:
         fail(op, f"{name}.weight is {weight.dtype} and the input {like.dtype}: convert one of them, or use autocast")
-    if weight.device != like.device:
-        fail(op, f"{name}.weight is on {weight.device} and the input on {like.device}: move one of them")
+    same_device(op, f"{name}.weight", weight, like)
+    same_device(op, f"{name}.bias", conv.bias, like)
     return weight.shape[0]
 
 
-def batch_norm(op: str, name: str, bn: BatchNorm | None, channels: int) -> None:
+def same_device(op: str, name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """Kernels take addresses: one of another device would be read as memory of this one."""
+    if tensor is not None and tensor.device != like.device:
+        fail(op, f"{name} is on {tensor.device} and the input on {like.device}: move one of them")
+
+
+def batch_norm(op: str, name: str, bn: BatchNorm | None, like: Tensor, channels: int) -> None:
     if bn is None:
         return
     for field in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(bn, field)
         if tensor is not None and tensor.shape != (channels,):
             fail(op, f"{name}.{field} must be ({channels},), got {tuple(tensor.shape)}")
+        same_device(op, f"{name}.{field}", tensor, like)
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
         fail(op, f"{name} has no running statistics to normalise with, and training is False")
 

@@ -253,7 +253,7 @@ def conv_chain(x: Tensor, units: Sequence[ConvUnit], *, policy: Policy | None = 
         checks.fail(OP, "needs at least one unit")
     for i, unit in enumerate(units):
         channels = checks.convolution(OP, f"units[{i}].conv", unit.conv, x, channels)
-        checks.batch_norm(OP, f"units[{i}].bn", unit.bn, channels)
+        checks.batch_norm(OP, f"units[{i}].bn", unit.bn, x, channels)
         checks.activation(OP, unit.activation)
     y = run(OP, x, units, policy)
     return reference(x, units) if y is None else y

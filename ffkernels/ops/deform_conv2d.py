@@ -240,7 +240,8 @@ def deform_conv2d(
         shape = (x.shape[0], channels, *size)
         if tuple(tensor.shape) != shape:
             checks.fail(OP, f"{name} must be {shape} for x {tuple(x.shape)}, got {tuple(tensor.shape)}")
-    checks.batch_norm(OP, "bn", bn, out_channels)
+        checks.same_device(OP, name, tensor, x)
+    checks.batch_norm(OP, "bn", bn, x, out_channels)
     checks.activation(OP, activation)
     record = checks.needs_grad(x, offset, mask, conv, bn)
     x, offset, mask = (checks.autocast_input(t) for t in (x, offset, mask))

@@ -56,8 +56,8 @@ def depthwise_separable(
     out_channels = checks.convolution(OP, "pointwise", pointwise, x, channels)
     if pointwise.weight.shape[2:] != (1, 1) or pointwise.stride != 1 or pointwise.padding != 0:
         checks.fail(OP, f"pointwise must be a 1x1 convolution of stride 1, got {tuple(pointwise.weight.shape)}")
-    checks.batch_norm(OP, "depthwise_bn", depthwise_bn, channels)
-    checks.batch_norm(OP, "pointwise_bn", pointwise_bn, out_channels)
+    checks.batch_norm(OP, "depthwise_bn", depthwise_bn, x, channels)
+    checks.batch_norm(OP, "pointwise_bn", pointwise_bn, x, out_channels)
     checks.activation(OP, activation)
     units = [
         ConvUnit(depthwise, depthwise_bn, activation, negative_slope),

@@ -11,6 +11,7 @@ from .. import registry
 from ..config import Policy, call_policy
 from ..reference import detection as reference
 from ..registry import Request
+from .checks import same_device
 from .library import define, kernels, needs_grad
 
 OP = "detection"
@@ -119,6 +120,8 @@ def decode(
         raise ValueError(f"decode: priors are {tuple(priors.shape)}, expected ({bbox.shape[-2]}, 4) as bbox")
     if landmarks.shape[:-1] != bbox.shape[:-1] or landmarks.shape[-1] % 2:
         raise ValueError(f"decode: landmarks are {tuple(landmarks.shape)}, expected {(*bbox.shape[:-1], '2 K')}")
+    for name, tensor in (("landmarks", landmarks), ("priors", priors)):
+        same_device("decode", name, tensor, bbox)
     record = needs_grad(bbox, landmarks, priors)
     same = _same_dtype(bbox, landmarks, priors)
     backend = registry.select(OP, bbox, policy or call_policy(), record, function="decode", same_dtype=same)
@@ -149,6 +152,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, *, policy: Policy |
         raise ValueError(f"nms: boxes are {boxes.dtype} {tuple(boxes.shape)}, expected floating point (N, 4)")
     if scores.shape != boxes.shape[:1]:
         raise ValueError(f"nms: scores are {tuple(scores.shape)}, expected ({boxes.shape[0]},) as boxes")
+    same_device("nms", "scores", scores, boxes)
     _check_threshold("nms", "iou_threshold", iou_threshold)
     same = _same_dtype(boxes, scores)
     backend = registry.select(OP, boxes, policy or call_policy(), function="nms", same_dtype=same)
@@ -202,6 +206,8 @@ def detect(
             f"detect: bbox {tuple(bbox.shape)}, scores {tuple(scores.shape)}, landmarks {tuple(landmarks.shape)}, "
             f"priors {tuple(priors.shape)}; expected (N, 4), (N,), (N, 2 K), (N, 4) of one image"
         )
+    for name, tensor in (("scores", scores), ("landmarks", landmarks), ("priors", priors)):
+        same_device("detect", name, tensor, bbox)
     _check_threshold("detect", "nms_threshold", nms_threshold)
     if top_k < 1 or keep_top_k < 1:
         raise ValueError(f"detect: top_k={top_k}, keep_top_k={keep_top_k}; both must be at least 1")

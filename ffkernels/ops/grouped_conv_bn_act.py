@@ -47,7 +47,7 @@ def grouped_conv_bn_act(
     """
     checks.feature_map(OP, "x", x)
     out_channels = checks.convolution(OP, "conv", conv, x, x.shape[1])
-    checks.batch_norm(OP, "bn", bn, out_channels)
+    checks.batch_norm(OP, "bn", bn, x, out_channels)
     checks.activation(OP, activation)
     y = run(OP, x, [ConvUnit(conv, bn, activation, negative_slope)], policy)
     if y is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library
 
+from .. import registry
 from ..batch_norm import BatchNorm, updatable
 
 _library = Library("ffkernels", "FRAGMENT")
@@ -33,7 +34,14 @@ def define(schema: str, run: Callable[..., object], fake: Callable[..., object])
 
 @functools.cache
 def kernels(backend: str, op: str) -> ModuleType:
-    """The module ``ffkernels.<backend>.<op>``, imported on first use: Triton is optional."""
+    """The module ``ffkernels.<backend>.<op>``, imported on first use: Triton is optional.
+
+    Raises:
+        BackendUnavailable: the backend cannot run on this machine, as where a graph that was saved elsewhere runs.
+    """
+    reason = registry.backend_unavailable(backend)
+    if reason is not None:
+        raise registry.BackendUnavailable(f"{op}: backend {backend!r} is not available: {reason}")
     return importlib.import_module(f"ffkernels.{backend}.{op}")
 
 

@@ -53,7 +53,7 @@ def _fake_backward(
 
 
 _raw_backward = define(
-    "_multi_head_rows_backward(Tensor?[] grads, Tensor? probabilities, int[] shapes, str backend) -> Tensor[]",
+    "_multi_head_rows_backward(Tensor?[] grads, Tensor? probabilities, SymInt[] shapes, str backend) -> Tensor[]",
     _run_backward,
     _fake_backward,
 )
@@ -99,7 +99,8 @@ def multi_head(
         policy: how to run it; None follows :func:`ffkernels.use`, then the environment.
 
     Returns:
-        bbox (B, N, 4), cls (B, N, 2), landmarks (B, N, 10), N = sum of H_l * W_l * A.
+        bbox (B, N, 4), cls (B, N, 2), landmarks (B, N, 10), N = sum of H_l * W_l * A. Probabilities are float32 under
+        a GPU's autocast, as those of ``torch.softmax`` are.
 
     Raises:
         ValueError: levels and heads differ in number, or shapes do not fit each other.
@@ -109,10 +110,11 @@ def multi_head(
         checks.fail(OP, f"needs as many heads as levels, at least one, got {len(heads)} and {len(features)}")
     for i, (x, head) in enumerate(zip(features, heads)):
         checks.feature_map(OP, f"features[{i}]", x)
+        checks.same_device(OP, f"features[{i}]", x, features[0])
         channels = x.shape[1]
         if head.trunk is not None:
             channels = checks.convolution(OP, f"heads[{i}].trunk", head.trunk, x, channels)
-            checks.batch_norm(OP, f"heads[{i}].trunk_bn", head.trunk_bn, channels)
+            checks.batch_norm(OP, f"heads[{i}].trunk_bn", head.trunk_bn, x, channels)
         predictors = ((head.bbox, "bbox", 4), (head.cls, "cls", 2), (head.landmarks, "landmarks", 10))
         anchors = head.bbox.weight.shape[0] // 4
         for conv, name, per_anchor in predictors:
@@ -123,8 +125,11 @@ def multi_head(
                 checks.fail(
                     OP, f"heads[{i}].{name} has {out_channels} channels, {anchors} anchors need {anchors * per_anchor}"
                 )
-    y = _fused(features, heads, softmax, policy)
-    return reference(features, heads, softmax) if y is None else y
+    wide = softmax and checks.autocast_dtype(features[0].device.type) in (torch.float16, torch.bfloat16)
+    y = _fused(features, heads, softmax and not wide, policy)
+    if y is None:
+        return reference(features, heads, softmax)
+    return (y[0], torch.softmax(y[1].float(), -1), y[2]) if wide else y
 
 
 def _fused(

@@ -135,7 +135,7 @@ def ssh_grouped(
         channels.append(checks.convolution(OP, name, conv, x, x.shape[1] if source < 0 else channels[source]))
         if conv.weight.shape[2:] != (3, 3) or conv.stride != 1 or conv.padding != 1:
             checks.fail(OP, f"{name} must be 3x3 with stride 1 and padding 1, got {tuple(conv.weight.shape)}")
-        checks.batch_norm(OP, f"batch normalisation of {name}", bn, channels[-1])
+        checks.batch_norm(OP, f"batch normalisation of {name}", bn, x, channels[-1])
     out_channels = channels[0] + channels[2] + channels[4]
     if shuffle_groups < 1 or out_channels % shuffle_groups:
         checks.fail(OP, f"shuffle_groups={shuffle_groups} does not divide the {out_channels} output channels")

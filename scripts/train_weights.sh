@@ -35,10 +35,11 @@ featherface average "$runs/v2_training_muon/final.safetensors" "$runs/v2_average
   --share 0.7 --share 0.3 -o "$runs/v2_average_muon.safetensors"
 stage v2_training_restart model.weights="$runs/v2_average_muon.safetensors"
 featherface average "$runs/v2_training_restart/final.safetensors" "$runs/v2_average_muon.safetensors" \
-  --share 0.7 --share 0.3 -o "$runs/featherface_v2.safetensors"
+  --share 0.7 --share 0.3 -o "$runs/v2_average_restart.safetensors"
+stage v2_training_annealed model.weights="$runs/v2_average_restart.safetensors"
 stage v2_ultra_training model.transfer_weights="$runs/v2_training_long/final.safetensors"
 stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safetensors"
 stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.safetensors"
 stage v2_ultra_training_gpu model.weights="$runs/v2_ultra_training_sizes/final.safetensors"
 stage v2_ultra_training_muon model.weights="$runs/v2_ultra_training_gpu/final.safetensors"
-echo "V2: $runs/featherface_v2.safetensors; Ultra: $runs/v2_ultra_training_muon/final.safetensors"
+echo "V2: $runs/v2_training_annealed/final.safetensors; Ultra: $runs/v2_ultra_training_muon/final.safetensors"

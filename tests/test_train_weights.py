@@ -51,10 +51,10 @@ def test_one_command_trains_both_models(tmp_path):
         return {f"{path} {name}": tensor for path, tensors in files.items() for name, tensor in tensors.items()}
 
     written = run()
-    v2, ultra = runs / "featherface_v2.safetensors", runs / "v2_ultra_training_muon" / "final.safetensors"
+    v2, ultra = (runs / f"{name}_training_annealed" / "final.safetensors" for name in ("v2", "v2_ultra"))
     assert featherface.create_model("featherface_v2", weights=v2).training
     featherface.create_model("featherface_v2_ultra", weights=ultra)
-    assert read_metadata(v2)["average_of"].count("share") == 2
+    assert read_metadata(runs / "v2_average_restart.safetensors")["average_of"].count("share") == 2
     # A second call goes on where the first ended, which is the end.
     again = run()
     assert again.keys() == written.keys() and all(torch.equal(again[name], written[name]) for name in written)

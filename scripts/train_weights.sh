@@ -42,4 +42,5 @@ stage v2_ultra_training_zoom model.weights="$runs/v2_ultra_training/final.safete
 stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.safetensors"
 stage v2_ultra_training_gpu model.weights="$runs/v2_ultra_training_sizes/final.safetensors"
 stage v2_ultra_training_muon model.weights="$runs/v2_ultra_training_gpu/final.safetensors"
-echo "V2: $runs/v2_training_annealed/final.safetensors; Ultra: $runs/v2_ultra_training_muon/final.safetensors"
+stage v2_ultra_training_annealed model.weights="$runs/v2_ultra_training_muon/final.safetensors"
+echo "V2: $runs/v2_training_annealed/final.safetensors; Ultra: $runs/v2_ultra_training_annealed/final.safetensors"

@@ -54,7 +54,7 @@ def layers(model: nn.Module, x: Tensor) -> dict[str, tuple[nn.Module, tuple, dic
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, FusedModule) and module is not model:
+        if isinstance(module, FusedModule) and module.ff_op and module is not model:
             handles.append(module.register_forward_pre_hook(remember(name), with_kwargs=True))
     features = model.forward_features(x)
     for handle in handles:

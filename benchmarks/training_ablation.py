@@ -59,6 +59,7 @@ V2 = {
     "faces alike": ["task.face_balance=1"],
     "Muon, faces alike": ["optimizer.name=muon", "task.face_balance=1"],
     "class term's exponent 1": ["distillation.focal_beta=1"],
+    "class term's exponent 2": ["distillation.focal_beta=2"],
     "class term's exponent 0": ["distillation.focal_beta=0", "distillation.class_weight=1"],
     "landmark term 0.1": ["distillation.landmark_weight=0.1"],
 }

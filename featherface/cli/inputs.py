@@ -56,12 +56,12 @@ def left_out(arguments: Sequence[str], recursive: bool = False) -> list[str]:
     for folder in map(Path, arguments):
         if not folder.is_dir():
             continue
-        files = [p for p in _walk(folder, recursive) if p.is_file()]
+        files = list(_walk(folder, recursive))
         for suffixes, what in (
             (VIDEO_SUFFIXES, "videos left out, name them themselves"),
             (FOREIGN_SUFFIXES, "images left out, of formats that Pillow does not read"),
         ):
-            if found := sorted(p.suffix.lower() for p in files if p.suffix.lower() in suffixes):
+            if found := sorted(p.suffix.lower() for p in files if p.suffix.lower() in suffixes and p.is_file()):
                 notes.append(f"{folder}: {what}: {len(found)} ({', '.join(dict.fromkeys(found))})")
     return notes
 

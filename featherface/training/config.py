@@ -260,6 +260,10 @@ class Config:
         """A file or folder named in the configuration."""
         return Path(self.data.root).expanduser() / Path(name).expanduser()
 
+    def _value(self, key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
     def check(self) -> None:
         """Refuses values that cannot be meant.
 
@@ -273,18 +277,15 @@ class Config:
                     if isinstance(number, float) and not math.isfinite(number):
                         raise ConfigError(f"{section.name}.{option.name} is {value!r}; it must be finite")
         for key, choices in CHOICES.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self._value(key)
             if value not in choices:
                 raise ConfigError(f"{key} is {value!r}; choose from: {', '.join(filter(None, choices))}")
         for key, least in LEAST.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self._value(key)
             if not value >= least:
                 raise ConfigError(f"{key} is {value!r}; it must be at least {least:g}")
         for key in SHARES:
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self._value(key)
             if not 0 <= value <= 1:
                 raise ConfigError(f"{key} is {value!r}; it must be from 0 to 1")
         sizes = self.augmentation.sizes
@@ -293,8 +294,7 @@ class Config:
         if not self.augmentation.scales or min(self.augmentation.scales) <= 0:
             raise ConfigError("augmentation.scales must name at least one scale, all above 0")
         for key in BELOW_ONE:
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self._value(key)
             if not 0 <= value < 1:
                 raise ConfigError(f"{key} is {value:g}; it must be at least 0 and below 1")
         for key in ("anchor_sides", "blur_sigma", "jpeg_quality"):

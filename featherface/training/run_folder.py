@@ -230,8 +230,13 @@ class Table:
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerow([row.get(column, "") for column in self.columns])
-                # A checkpoint never knows of rows that a power cut can still take.
-                file.flush()
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def sync(self) -> None:
+        """Brings the rows to the disk: a checkpoint must not know of rows that a power cut can still take."""
+        try:
+            with open(self.path, "rb+") as file:
                 os.fsync(file.fileno())
         except OSError as error:
             raise TrainingError(f"{self.path} cannot be written: {error.strerror or error}") from error

@@ -687,6 +687,8 @@ class Trainer:
     def _save(self) -> None:
         self._check_pending()
         if self.folder is not None:
+            self.metrics.sync()
+            self.validations.sync()
             self.folder.save(self._state())
 
     def _restore(self, state: dict[str, Any]) -> tuple[int, int]:

@@ -54,11 +54,18 @@ class FusedSequential(FusedModule, nn.Sequential):
         """The class of each layer that the op stands for."""
         raise NotImplementedError
 
-    def ff_altered(self) -> str | None:
-        """Why the layers must be called one by one: one was replaced, or has hooks. None where the op does."""
+    def ff_replaced(self) -> str | None:
+        """Which layer is not of its stock class; None where all are."""
         for name, layer, stock in zip(self._modules, self, self.ff_stock(), strict=True):
             if type(layer).forward is not stock.forward:
                 return f"layer {name} is {type(layer).__name__}"
+        return None
+
+    def ff_altered(self) -> str | None:
+        """Why the layers must be called one by one: one was replaced, or has hooks. None where the op does."""
+        if (reason := self.ff_replaced()) is not None:
+            return reason
+        for name, layer in self._modules.items():
             if hooked(layer) or any(map(hooked, layer._modules.values())):
                 return f"layer {name} has hooks"
         return None
@@ -82,5 +89,5 @@ class FusedSequential(FusedModule, nn.Sequential):
         Raises:
             ValueError: a layer was replaced, so that no plan of the known layers stands for this block.
         """
-        if any(type(layer).forward is not stock.forward for layer, stock in zip(self, self.ff_stock(), strict=True)):
-            raise ValueError(f"a layer of {type(self).__name__} was replaced: {self.ff_altered()}")
+        if (reason := self.ff_replaced()) is not None:
+            raise ValueError(f"a layer of {type(self).__name__} was replaced: {reason}")

@@ -81,7 +81,7 @@ def test_counts_are_printed(capsys, marks, photos):
 
 def test_folders_patterns_and_names(photos):
     def names(*arguments, **options):
-        return [str(item.name) for item in expand([str(argument) for argument in arguments], **options)]
+        return [str(item.name) for item in expand([str(argument) for argument in arguments], **options)[0]]
 
     assert names(photos) == ["a.png", "b.png"]
     assert names(photos, recursive=True) == ["a.png", "b.png", os.path.join("deeper", "c.png")]
@@ -89,7 +89,7 @@ def test_folders_patterns_and_names(photos):
     assert names(f"{photos}/**/c.png") == ["c.png"]
     assert names(photos / "a.png", photos / "a.png", photos) == ["a.png", "a_2.png", "a_3.png", "b.png"]
     assert names("movie.mp4", "0") == ["movie.mp4", "camera_0"]
-    assert [item.video for item in expand(["movie.mp4", "0", "x.png"])] == [True, True, False]
+    assert [item.video for item in expand(["movie.mp4", "0", "x.png"])[0]] == [True, True, False]
     with pytest.raises(ImageError, match="no file matches"):
         expand([f"{photos}/*.jpg"])
 
@@ -186,6 +186,7 @@ def test_a_crop_never_replaces_an_input(capsys, marks, photos):
 def test_a_folder_of_results_inside_the_searched_one_is_no_input(capsys, marks, photos):
     arguments = ("detect", photos, "-r", "-o", photos / "drawn", "--crops", photos / "crops")
     first = run(capsys, *arguments)
+    (photos / "drawn" / "of_a_video.mp4").write_bytes(b"x")
     assert first[0] == 0 and run(capsys, *arguments) == first
     assert run(capsys, "detect", photos / "drawn", "-o", photos / "drawn" / "again")[1].count("face") == 2
     assert run(capsys, "detect", photos / "drawn" / "deeper", "-o", photos / "drawn")[0] == 0

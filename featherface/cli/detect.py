@@ -27,7 +27,7 @@ from ..images import SUFFIXES
 from ..video import SUFFIXES as VIDEO_SUFFIXES
 from ..video import VideoReader, VideoWriter, opencv
 from . import options
-from .inputs import Input, expand, left_out
+from .inputs import Input, expand
 from .writers import CsvWriter, JsonWriter, Row, open_text
 
 
@@ -71,7 +71,7 @@ def detect(
     be read are reported at the end and do not stop the others. Exit code: 0 all went well, 1 some inputs failed, 2 none
     could be used or the command is wrong.
     """
-    found = expand(inputs, recursive, without=[folder for folder in (output, crops) if folder is not None])
+    found, notes = expand(inputs, recursive, without=[folder for folder in (output, crops) if folder is not None])
     if any(item.video for item in found):
         opencv()
     sources = {item.source.resolve() for item in found if isinstance(item.source, Path)}
@@ -87,7 +87,7 @@ def detect(
         options.writable_folder(crops, "--crops")
     detector = FaceDetector(weights, model, device, score, nms, size, fused, threads, pad=pad, tile=tile, dtype=dtype)
     if not quiet:
-        for note in left_out(inputs, recursive):
+        for note in notes:
             print(f"featherface: {note}", file=sys.stderr)
     return Run(detector, found, sources, targets, json, csv, crops, frames, quiet).run()
 

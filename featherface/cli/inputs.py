@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -30,8 +30,11 @@ class Input(NamedTuple):
     video: bool
 
 
-def expand(arguments: Sequence[str], recursive: bool = False, without: Sequence[Path] = ()) -> list[Input]:
-    """Inputs in the order in which they were named; of a folder, all images, sorted by name.
+def expand(
+    arguments: Sequence[str], recursive: bool = False, without: Sequence[Path] = ()
+) -> tuple[list[Input], list[str]]:
+    """Inputs in the order in which they were named; of a folder, all images, sorted by name. With them a sentence on
+    each folder that holds videos or foreign images, which are no inputs.
 
     An argument is a file, a folder, a pattern with ``*``, ``?`` or ``[]`` (``**`` for any depth), or, if there is no
     such file, the number of a camera. Names are made unique. Folders ``without`` are not searched where they lie in
@@ -41,63 +44,61 @@ def expand(arguments: Sequence[str], recursive: bool = False, without: Sequence[
         ImageError: a folder holds no images, or a pattern matches nothing.
     """
     inputs: list[Input] = []
+    notes: list[str] = []
     taken: set[PurePath] = set()
     closed = {path.resolve() for path in without}
     for argument in arguments:
-        for source, name in _expand_one(argument, recursive, closed):
+        path = Path(argument)
+        if path.is_dir():
+            files = _walk(path, recursive, closed)
+            notes += (left_out := _left_out(path, files))
+            found = _images(path, files, recursive, left_out)
+        else:
+            found = _named(argument)
+        for source, name in found:
             video = isinstance(source, int) or is_video(source)
             inputs.append(Input(source, _unique(name, taken), video))
-    return inputs
+    return inputs, notes
 
 
-def left_out(arguments: Sequence[str], recursive: bool = False) -> list[str]:
-    """For each folder among the arguments a sentence on the videos and foreign images in it that are no inputs."""
+def _walk(folder: Path, recursive: bool, closed: set[Path]) -> list[Path]:
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    inside = {path for path in closed if folder.resolve() in path.parents}
+    return sorted(p for p in found if p.is_file() and (not inside or inside.isdisjoint(p.resolve().parents)))
+
+
+def _left_out(folder: Path, files: list[Path]) -> list[str]:
     notes = []
-    for folder in map(Path, arguments):
-        if not folder.is_dir():
-            continue
-        files = list(_walk(folder, recursive))
-        for suffixes, what in (
-            (VIDEO_SUFFIXES, "videos left out, name them themselves"),
-            (FOREIGN_SUFFIXES, "images left out, of formats that Pillow does not read"),
-        ):
-            if found := sorted(p.suffix.lower() for p in files if p.suffix.lower() in suffixes and p.is_file()):
-                notes.append(f"{folder}: {what}: {len(found)} ({', '.join(dict.fromkeys(found))})")
+    for suffixes, what in (
+        (VIDEO_SUFFIXES, "videos left out, name them themselves"),
+        (FOREIGN_SUFFIXES, "images left out, of formats that Pillow does not read"),
+    ):
+        if found := sorted(suffix for p in files if (suffix := p.suffix.lower()) in suffixes):
+            notes.append(f"{folder}: {what}: {len(found)} ({', '.join(dict.fromkeys(found))})")
     return notes
 
 
-def _walk(folder: Path, recursive: bool) -> Iterator[Path]:
-    return folder.rglob("*") if recursive else folder.iterdir()
+def _images(folder: Path, files: list[Path], recursive: bool, left_out: list[str]) -> list[tuple[Path, PurePath]]:
+    found = [p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
+    if not found:
+        deeper = "" if recursive else " (folders inside it are searched with --recursive)"
+        raise ImageError("; ".join([f"the folder {folder} holds no images{deeper}", *left_out]))
+    return [(p, p.relative_to(folder)) for p in found]
 
 
-def _expand_one(argument: str, recursive: bool, closed: set[Path]) -> Iterator[tuple[Path | int, PurePath]]:
+def _named(argument: str) -> list[tuple[Path | int, PurePath]]:
     path = Path(argument)
-    if path.is_dir():
-        found = sorted(p for p in _walk(path, recursive) if _is_image(p))
-        if inside := {folder for folder in closed if path.resolve() in folder.parents}:
-            found = [p for p in found if inside.isdisjoint(p.resolve().parents)]
-        if not found:
-            deeper = "" if recursive else " (folders inside it are searched with --recursive)"
-            others = "".join(f"; {note}" for note in left_out([argument], recursive))
-            raise ImageError(f"the folder {path} holds no images{deeper}{others}")
-        yield from ((p, p.relative_to(path)) for p in found)
-    elif path.exists():
-        yield path, PurePath(path.name)
-    elif argument.isdecimal():
-        yield int(argument), PurePath(f"camera_{argument}")
-    elif glob.has_magic(argument):
+    if path.exists():
+        return [(path, PurePath(path.name))]
+    if argument.isdecimal():
+        return [(int(argument), PurePath(f"camera_{argument}"))]
+    if glob.has_magic(argument):
         matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-        found = [p for p in matches if p.is_file()]
-        if not found:
+        if not (files := [p for p in matches if p.is_file()]):
             raise ImageError(f"no file matches {argument}")
-        yield from ((p, PurePath(p.name)) for p in found)
-    else:
-        # Reported with the other inputs that cannot be read.
-        yield path, PurePath(path.name)
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+        return [(p, PurePath(p.name)) for p in files]
+    # Reported with the other inputs that cannot be read.
+    return [(path, PurePath(path.name))]
 
 
 def _unique(name: PurePath, taken: set[PurePath]) -> PurePath:

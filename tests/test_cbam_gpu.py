@@ -107,3 +107,10 @@ def test_nan_passes_and_empty_batch(gpu):
     nan = kernel_of(gpu)(x, *arguments).isnan()
     assert nan.any() and torch.equal(nan, reference(x, *arguments).isnan())
     assert kernel_of(gpu)(x[:0], *arguments).shape == (0, 8, 3, 3)
+
+
+@pytest.mark.parametrize("gpu", [p for p in GPUS if p.values[0].name == "cuda"])
+def test_a_batch_larger_than_a_grid_is_refused(gpu):
+    x, *others = convert(make("one pixel", False), torch.float32, gpu.device)
+    with pytest.raises(ffkernels.FusedKernelRequired, match="more than 65,535 images"):
+        kernel_of(gpu)(x[:1].expand(65536, -1, -1, -1), *others)

@@ -28,6 +28,19 @@ def test_float32(gpu, case, kind):
     compare_kernel(kernel_of(gpu), reference, arguments, device=gpu.device)
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_largest_strides(gpu):
+    """CUDA C++ serves strides up to 9: a larger one's tile would not fit into shared memory."""
+    for stride in (9, 12):
+        torch.manual_seed(1)
+        arguments = tensor(2, 4, 40, 31), make_units(4, [(8, 7, 2, stride, False, "relu")], "train")
+        if stride == 12 and gpu.name == "cuda":
+            with pytest.raises(ffkernels.FusedKernelRequired, match="strides above 9"):
+                kernel_of(gpu)(*convert(arguments, torch.float32, gpu.device))
+        else:
+            compare_kernel(kernel_of(gpu), reference, arguments, device=gpu.device)
+
+
 @pytest.mark.parametrize("kind", ["train", "eval"])
 @pytest.mark.parametrize(
     "case", ["stem and blocks", "grouped, many", "depthwise 16 stride 2", "dense 1x1", "dense 7x7"]

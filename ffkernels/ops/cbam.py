@@ -27,6 +27,8 @@ def _supports(request: registry.Request) -> str | None:
 
 
 def _supports_cuda(request: registry.Request) -> str | None:
+    if request.facts.get("many", False):
+        return "more than 65,535 images in a batch"
     return "kernels larger than 7x7" if request.facts.get("kernel", 1) > 7 else _supports(request)
 
 
@@ -294,7 +296,8 @@ def cbam(
         checks.fail(OP, f"unknown spatial_order {spatial_order!r}, use 'mean_max' or 'max_mean'")
     record = checks.needs_grad(x, channel_mlp, spatial, spatial_bn)
     x = checks.autocast_input(x)
-    backend = registry.select(OP, x, policy or call_policy(), record, bias=spatial.bias is not None, kernel=kernel[0])
+    facts = {"bias": spatial.bias is not None, "kernel": kernel[0], "many": x.shape[0] > 65535}
+    backend = registry.select(OP, x, policy or call_policy(), record, **facts)
     if backend == "reference" or x.numel() == 0:
         return reference(x, channel_mlp, spatial, spatial_bn, spatial_order, residual)
     state = x

@@ -35,8 +35,13 @@ def supports(request: registry.Request) -> str | None:
     return None
 
 
+def supports_cuda(request: registry.Request) -> str | None:
+    """The same for CUDA C++, where a block's tile of the input has to fit into 48 KB of shared memory."""
+    return "strides above 9" if request.facts.get("stride", 1) > 9 else supports(request)
+
+
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
-registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports_cuda)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 NO_BATCH_NORM, BATCH_STATISTICS, GIVEN_STATISTICS = range(3)
@@ -265,9 +270,8 @@ def run(op: str, x: Tensor, units: Sequence[ConvUnit], policy: Policy | None) ->
     x = checks.autocast_input(x)
     kernels_of = [unit.conv.weight.shape[2:] for unit in units]
     plain = all(kh == kw and unit.conv.padding < kh for (kh, kw), unit in zip(kernels_of, units))
-    backend = registry.select(
-        op, x, policy or call_policy(), record, kernel=max(int(kh) for kh, _ in kernels_of), plain=plain
-    )
+    largest, stride = max(int(kh) for kh, _ in kernels_of), max(unit.conv.stride for unit in units)
+    backend = registry.select(op, x, policy or call_policy(), record, kernel=largest, stride=stride, plain=plain)
     sizes = output_sizes(x, units)
     if backend == "reference" or x.numel() == 0 or min(min(size) for size in sizes) < 1:
         return None

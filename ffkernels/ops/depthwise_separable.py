@@ -11,11 +11,11 @@ from ..config import Policy
 from ..params import ConvParams, ConvUnit
 from ..reference.depthwise_separable import depthwise_separable as reference
 from . import checks
-from .conv_chain import run, supports
+from .conv_chain import run, supports, supports_cuda
 
 OP = "depthwise_separable"
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
-registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports_cuda)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 

@@ -1,4 +1,4 @@
-"""Dense convolutions as products of matrices (csrc/cuda/conv_mma.cu) against the references."""
+"""Dense convolutions as products of matrices (csrc/cuda/conv_product.cu) against the references."""
 
 import ctypes
 import os

@@ -6,7 +6,7 @@
 // of the output's gradient, spread `up` apart, with the weights turned around. A depthwise thread computes four
 // channels of four pixels in a row, with the weights in shared memory.
 //
-// Without groups and from 8 channels on both sides on, a general convolution is a product of matrices: conv_mma.cu.
+// Without groups and from 8 channels on both sides on, a general convolution is a product of matrices: conv_product.cu.
 #include "conv.cuh"
 #include "slices.cuh"
 

@@ -19,7 +19,7 @@ struct Pass {
   __host__ __device__ int64_t pixels() const { return int64_t(batch) * out_height * out_width; }
 };
 
-// conv_mma.cu: whether a pass on tensors of so many bytes a value runs there, and what conv.cu does otherwise.
+// conv_product.cu: whether a pass on tensors of so many bytes a value runs there, and what conv.cu does otherwise.
 bool as_product(const Pass &p, int bytes);
 template <class T>
 int product_conv(const Pass &p, const T *x, Norm in_norm, const T *weight, const T *bias, Norm out_norm, const T *gate,

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,7 +25,7 @@ from featherface.data import Source
 from featherface.errors import CheckpointError, DataError, FeatherFaceError
 from featherface.files import sha256
 from featherface.models import save_weights
-from featherface.training import Config, Trainer, TrainingError, from_dict, override, train
+from featherface.training import Config, Trainer, TrainingError, comparison, from_dict, override, train
 from featherface.training import run_folder as run_folder_module
 from featherface.training import trainer as trainer_module
 from featherface.training.averaging import average_weights
@@ -618,6 +619,44 @@ def test_tables_that_lost_their_end_keep_the_rest(tmp_path):
     assert table.read()[-1] == {"a": "9", "b": ""}
     table.path.unlink()
     assert not table.restore(len(whole)) and table.path.read_text().split() == ["a,b"]
+
+
+def test_weights_are_compared_on_the_validation_part(root, reference, tmp_path, monkeypatch, capsys):
+    folder, _ = reference
+    sizes = []
+
+    def detect(model, data, indices, config, channels_last):
+        """The first model finds every face, the other one none of the first image's."""
+        sizes.append(config.long_side)
+        found = {}
+        for place, index in enumerate(indices.tolist()):
+            boxes = data.annotation(index).boxes[: 0 if place == 0 and model.name == "featherface_v1" else None]
+            found[data.records[index].name] = np.column_stack([boxes, np.linspace(0.5, 0.9, len(boxes))])
+        return found
+
+    monkeypatch.setattr(comparison, "detect_validation", detect)
+    files = [str(folder / "final.safetensors"), str(root / "teacher.safetensors")]
+    settings, report = ["--config", str(folder / "config.toml"), "--device", "cpu"], tmp_path / "validation.json"
+    arguments = ["validate", *files, *settings, "--long-side", "0", "--long-side", "96", "--json", str(report)]
+    assert main([*arguments, "--limit", "3"]) == 0 and sizes == [0, 0, 96, 96]
+    out = capsys.readouterr().out
+    assert out.startswith("3 images, ") and out.index("stored size") < out.index("long side 96 pixels")
+    document = json.loads(report.read_text())
+    rows = document["results"]
+    assert document["images"] == 3
+    assert [(row["weights"], row["model"], row["long_side"]) for row in rows] == [
+        (file, model, side) for side in (0, 96) for file, model in zip(files, ("featherface_v2", "featherface_v1"))
+    ]
+    first, second = (row["AP at IoU 0.5"]["all"] for row in rows[:2])
+    assert first["ap"] == 1 and "difference" not in first and 0 < second["ap"] < 1
+    assert second["difference"]["ap"] == pytest.approx(second["ap"] - 1, abs=1e-6) and second["difference"]["high"] <= 0
+
+    for wrong, sentence in (
+        ([files[0], str(tmp_path / "missing.safetensors")], "missing.safetensors"),
+        ([files[0], "--set", 'data.sources=[{folder="annotated"}]'], "keeps no images for validation"),
+    ):
+        assert main(["validate", *wrong, *settings]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_sources_can_be_given_as_objects():

@@ -23,6 +23,7 @@ from .evaluate import evaluate
 from .export import export
 from .info import info
 from .train import train
+from .validate import validate
 
 app = typer.Typer(
     name="featherface",
@@ -32,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (detect, demo, train, average, card, evaluate, export, info, benchmark):
+for command in (detect, demo, train, validate, average, card, evaluate, export, info, benchmark):
     app.command()(command)
 
 

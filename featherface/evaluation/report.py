@@ -159,15 +159,15 @@ class Report:
             if result.difference:
                 table.add_column(f"minus {self.baseline}", justify="right")
             for group, interval in result.intervals.items():
-                row = [group, str(result.scores.faces[group]), _percent(interval.value), _range(interval)]
+                row = [group, str(result.scores.faces[group]), percent(interval.value), span(interval)]
                 if result.difference:
                     change = result.difference[group]
-                    row.append(f"{_percent(change.value, '+')}  ({_range(change, '+')})")
+                    row.append(f"{percent(change.value, '+')}  ({span(change, '+')})")
                 table.add_row(*row)
             console.print(table)
         if self.landmarks:
             console.print(
-                f"landmark error: mean {_percent(self.landmarks.error)} %, median {_percent(self.landmarks.median)} % "
+                f"landmark error: mean {percent(self.landmarks.error)} %, median {percent(self.landmarks.median)} % "
                 f"of the distance between the eyes, on {self.landmarks.found} of {self.landmarks.faces} faces",
                 soft_wrap=True,
                 highlight=False,
@@ -252,11 +252,11 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
 
 
-def _percent(value: float, sign: str = "") -> str:
+def percent(value: float, sign: str = "") -> str:
     return "-" if math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
-def _range(interval: Interval, sign: str = "") -> str:
+def span(interval: Interval, sign: str = "") -> str:
     if math.isnan(interval.low):
         return "-"
-    return f"{_percent(interval.low, sign)} to {_percent(interval.high, sign)}"
+    return f"{percent(interval.low, sign)} to {percent(interval.high, sign)}"

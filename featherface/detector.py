@@ -9,10 +9,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import ffkernels
@@ -203,6 +204,15 @@ class FaceDetector:
         policies = {module.ff_policy for module in self.model.modules() if isinstance(module, FusedModule)}
         fused = sorted(policy.backend for policy in policies if policy.mode != "0" and policy.backend != "reference")
         return f"fused kernels ({', '.join(fused)})" if fused else "plain PyTorch"
+
+    @overload
+    def detect(self, images: str | os.PathLike | Image.Image) -> Detections: ...
+
+    @overload
+    def detect(self, images: np.ndarray | Tensor) -> Detections | list[Detections]: ...
+
+    @overload
+    def detect(self, images: Iterable[ImageLike]) -> list[Detections]: ...
 
     def detect(self, images: ImageLike | Iterable[ImageLike]) -> Detections | list[Detections]:
         """Faces of one image or of many.

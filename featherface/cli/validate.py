@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -95,10 +96,11 @@ def _print(results: list[Validated]) -> None:
     scores = results[0].result.scores
     console.print(f"{len(scores.names)} images, {scores.faces['all']} faces; {AP} in percent")
     for side in dict.fromkeys(r.long_side for r in results):
-        table = Table(title=f"long side {side} pixels" if side else "stored size", title_justify="left")
+        title = f"long side {side} pixels" if side else "stored size"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("weights", overflow="fold")
         for heading in (*scores.matches, "all, minus the first"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         for r in results:
             if r.long_side == side:
                 change = r.result.difference["all"] if r.result.difference else None

@@ -142,12 +142,7 @@ __global__ void apply_kernel(const T *z, ff::Norm norm, T *y, int64_t packs) {
   each_pack<V>(norm.channels, packs, [&](int64_t i, int c, bool other) {
     if (other) apply = ff::NormPack<V>(norm, c);
     Pack values = reinterpret_cast<const Pack *>(z)[i];
-    float v[V];
-#pragma unroll
-    for (int j = 0; j < V; ++j) v[j] = ff::to_float(values.v[j]);
-    apply.apply(v);
-#pragma unroll
-    for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(v[j]);
+    apply.apply(values);
     reinterpret_cast<Pack *>(y)[i] = values;
   });
 }

@@ -115,6 +115,17 @@ struct NormPack {
         return activate_all<FF_SILU>(v);
     }
   }
+  // The same for values as tensors hold them: computed in float32, rounded once.
+  template <class T>
+  __device__ __forceinline__ void apply(Pack<T, V> &values) const {
+    if (identity) return;
+    float v[V];
+#pragma unroll
+    for (int j = 0; j < V; ++j) v[j] = to_float(values.v[j]);
+    apply(v);
+#pragma unroll
+    for (int j = 0; j < V; ++j) values.v[j] = from_float<T>(v[j]);
+  }
   // From the gradients of the results those of the activation's arguments, at the raw values v.
   __device__ __forceinline__ void gradient(float (&grad)[V], float (&v)[V]) const {
     if (activation == FF_NONE) return;

@@ -66,14 +66,7 @@ __device__ __forceinline__ void stage(const T *__restrict__ x, int channels, int
     for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(0.0f);
     if (from >= 0) {
       values = *reinterpret_cast<const Pack *>(x + (int64_t(from) * channels + first + c) * step);
-      if (!apply.identity) {
-        float v[V];
-#pragma unroll
-        for (int j = 0; j < V; ++j) v[j] = ff::to_float(values.v[j]);
-        apply.apply(v);
-#pragma unroll
-        for (int j = 0; j < V; ++j) values.v[j] = ff::from_float<T>(v[j]);
-      }
+      apply.apply(values);
     }
     *reinterpret_cast<Pack *>(tile + row * pitch + c) = values;
   }

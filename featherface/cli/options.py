@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import FeatherFaceError
 from ..files import is_stream
+
+if TYPE_CHECKING:
+    from ..training import Config
 
 Weights = Annotated[
     str | None,
@@ -47,6 +50,16 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="float32, or bfloat16: faster with AVX512-BF16 or AMX, a little less exact.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no summary.")]
+
+
+def configuration(base: Config, file: Path | None, changes: list[str] | None, data: Path | None) -> Config:
+    """The configuration of a training as the command line changes it: ``--config``, ``--set``, then ``--data``."""
+    from ..training import load_config, override
+
+    chosen = override(load_config(file, base) if file is not None else base, changes or [])
+    if data is not None:
+        chosen.data.root = str(data)
+    return chosen
 
 
 def writable_folder(path: Path, option: str) -> Path:

@@ -9,6 +9,8 @@ import typer
 
 from featherface.errors import FeatherFaceError
 
+from . import options
+
 
 def train(
     run: Annotated[
@@ -41,7 +43,7 @@ def train(
     A run stopped by a signal, a crash or --stop-after goes on with --resume; on the CPU it ends with the same bits as
     one that was never stopped. Several GPUs or machines: torchrun ... -m featherface.training RUN ...
     """
-    from featherface.training import Result, dump, from_dict, load_config, override
+    from featherface.training import Result, dump, from_dict
     from featherface.training import preset as named_preset
     from featherface.training import train as run_training
     from featherface.training.run_folder import RunFolder
@@ -49,11 +51,7 @@ def train(
     base = named_preset(preset or "default")
     if resume and run is not None and preset is None and config is None and (state := RunFolder.peek(run)) is not None:
         base = from_dict(state["config"])
-    if config is not None:
-        base = load_config(config, base)
-    chosen = override(base, set_ or [])
-    if data is not None:
-        chosen.data.root = str(data)
+    chosen = options.configuration(base, config, set_, data)
     if print_config:
         print(dump(chosen), end="")
         return

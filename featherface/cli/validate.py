@@ -53,7 +53,6 @@ def validate(
 
     AP at IoU 0.5 of all faces and by size, with 95 % bootstrap intervals and paired differences from the first file.
     """
-    from ..training import load_config, override
     from ..training import preset as named_preset
     from ..training.comparison import validate_weights
 
@@ -61,10 +60,7 @@ def validate(
         options.writable_file(json, "--json")
     if threads is not None:
         torch.set_num_threads(threads)
-    base = named_preset(preset)
-    chosen = override(load_config(config, base) if config is not None else base, set_ or [])
-    if data is not None:
-        chosen.data.root = str(data)
+    chosen = options.configuration(named_preset(preset), config, set_, data)
     results = validate_weights(
         files,
         chosen,

@@ -253,10 +253,12 @@ def _number(value: float) -> float | None:
 
 
 def percent(value: float, sign: str = "") -> str:
+    """A share in percent, two digits; ``sign="+"`` writes a sign always."""
     return "-" if math.isnan(value) else f"{100 * value:{sign}.2f}"
 
 
 def span(interval: Interval, sign: str = "") -> str:
+    """The ends of an interval as :func:`percent` writes them."""
     if math.isnan(interval.low):
         return "-"
     return f"{percent(interval.low, sign)} to {percent(interval.high, sign)}"

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from featherface.data import load_data
 from featherface.detector import resolve_weights
 from featherface.errors import DataError, FeatherFaceError
 from featherface.evaluation import Scores, bootstrap, bootstrap_difference, evaluate_average_precision
@@ -18,6 +16,7 @@ from featherface.evaluation.report import AVERAGE_PRECISION_RULES, Result
 from featherface.models import create_model
 
 from .config import Config
+from .data import read_data
 from .validation import detect_validation, validation_indices
 
 
@@ -71,15 +70,8 @@ def validate_weights(
     for file in files:
         name, path = resolve_weights(file, None)
         models.append((str(file), name, create_model(name, weights=path, fused=config.model.fused or None).to(device)))
-    data = load_data(
-        config.data.sources,
-        Path(config.data.root).expanduser(),
-        seed=config.data.split_seed,
-        max_side=config.data.max_side,
-        memory_limit_gb=config.data.memory_limit_gb,
-        cache_dir=config.path(config.data.cache_dir) if config.data.cache_dir else None,
-        report=report,
-    )
+    cache_dir = config.path(config.data.cache_dir) if config.data.cache_dir else None
+    data = read_data(config.data, cache_dir, report)
     if not len(data.validation):
         raise DataError("the configuration keeps no images for validation; give a source in data.sources a share of it")
     indices = validation_indices(data, dataclasses.replace(config.validation, limit=limit))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from featherface.data import Batch, FaceData, Loader, load_data
+from featherface.data import Batch, FaceData, Loader
 from featherface.errors import CheckpointError, FeatherFaceError
 from featherface.evaluation import SIZES
 from featherface.files import atomic_write
@@ -32,6 +32,7 @@ from ffkernels.engine import build as build_engine
 
 from .config import Config, from_dict
 from .curves import draw_curves
+from .data import read_data
 from .network import Network, Predictions, Teacher, check_anchors, set_prior
 from .optimizer import WeightAverage, build_optimizer, learning_rate
 from .progress import Display
@@ -354,15 +355,7 @@ class Trainer:
             cache_dir = self.config.path(config.cache_dir) if config.cache_dir else self.path
 
         def load() -> FaceData:
-            return load_data(
-                config.sources,
-                Path(config.root).expanduser(),
-                seed=config.split_seed,
-                max_side=config.max_side,
-                memory_limit_gb=config.memory_limit_gb,
-                cache_dir=cache_dir,
-                report=self.say if self.world.first else None,
-            )
+            return read_data(config, cache_dir, self.say if self.world.first else None)
 
         # With a cache on disk, one process makes it and the others find it.
         if self.world.first or cache_dir is None:

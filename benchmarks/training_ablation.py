@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featherface.data import FaceData, load_data
+from featherface.data import FaceData
 from featherface.evaluation import bootstrap, bootstrap_difference, evaluate_average_precision
 from featherface.files import atomic_write
 from featherface.models import create_model
 from featherface.training import Config, override, preset, train
+from featherface.training.data import read_data
 from featherface.training.validation import detect_validation, validation_indices
 
 ULTRA = ("reuse", "attention", "progressive", "multiscale", "dynamic")
@@ -35,6 +36,7 @@ V2 = {
     "without box term": ["distillation.box_weight=0"],
     "without landmark term": ["distillation.landmark_weight=0"],
     "without feature term": ["distillation.feature_weight=0"],
+    "faces that the teacher misses left to annotations": ["distillation.missed_weight=0"],
     "feature term": ["distillation.feature_weight=0.5"],
     "class term masked": ["distillation.class_kind=masked"],
     "seed's class term": [
@@ -176,13 +178,7 @@ def main() -> None:
         parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(chosen)}")
     finished: dict[str, dict[str, np.ndarray]] = {}
     base = configuration(arguments, [])
-    data = load_data(
-        base.data.sources,
-        arguments.data,
-        seed=base.data.split_seed,
-        max_side=base.data.max_side,
-        cache_dir=base.data.cache_dir,
-    )
+    data = read_data(base.data, base.data.cache_dir)
     for name, changes in chosen.items():
         if arguments.only and name not in arguments.only:
             continue

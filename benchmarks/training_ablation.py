@@ -36,7 +36,6 @@ V2 = {
     "without box term": ["distillation.box_weight=0"],
     "without landmark term": ["distillation.landmark_weight=0"],
     "without feature term": ["distillation.feature_weight=0"],
-    "faces that the teacher misses left to annotations": ["distillation.missed_weight=0"],
     "feature term": ["distillation.feature_weight=0.5"],
     "class term masked": ["distillation.class_kind=masked"],
     "seed's class term": [

@@ -177,7 +177,7 @@ def main() -> None:
         parser.error(f"no variant {unknown[0]!r}; there are: {', '.join(chosen)}")
     finished: dict[str, dict[str, np.ndarray]] = {}
     base = configuration(arguments, [])
-    data = read_data(base.data, base.data.cache_dir)
+    data = read_data(base)
     for name, changes in chosen.items():
         if arguments.only and name not in arguments.only:
             continue

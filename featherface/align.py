@@ -9,6 +9,7 @@ from PIL import Image
 
 from .detections import Detections
 from .errors import ImageError
+from .images import ImageLike, upright_pixels
 
 ARCFACE_TEMPLATE = np.array(
     [[38.2946, 51.6963], [73.5318, 51.5014], [56.0252, 71.7366], [41.5493, 92.3655], [70.7299, 92.2041]]
@@ -68,6 +69,8 @@ def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarr
     Raises:
         ImageError: the landmarks coincide or are not finite, or ``image`` is not (H, W, 3) uint8.
     """
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"an aligned crop needs an (H, W, 3) uint8 image, got {type(image).__name__}")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ImageError(f"an aligned crop needs an (H, W, 3) uint8 image, got {image.dtype} {image.shape}")
     # Recognisers are trained on crops that count both from the centre of pixel (0, 0); Pillow counts from its corner.
@@ -92,7 +95,17 @@ def align(image: np.ndarray, landmarks: np.ndarray, size: int = 112) -> np.ndarr
     return np.asarray(crop)
 
 
-def align_faces(image: np.ndarray, detections: Detections, size: int = 112) -> np.ndarray:
-    """(n, size, size, 3) uint8 aligned crops of all faces of an (H, W, 3) uint8 image. See :func:`align`."""
-    crops = [align(image, landmarks, size) for landmarks in detections.landmarks]
+def align_faces(image: ImageLike, detections: Detections, size: int = 112) -> np.ndarray:
+    """(n, size, size, 3) uint8 aligned crops of all faces. See :func:`align`.
+
+    Args:
+        image: what the faces were found in, as :meth:`featherface.FaceDetector.detect` takes it.
+        detections: the faces.
+
+    Raises:
+        ImageError: the image cannot be read or has another size than the one the faces were found in, or as
+            :func:`align`.
+    """
+    pixels = upright_pixels(image, detections.image_size)
+    crops = [align(pixels, landmarks, size) for landmarks in detections.landmarks]
     return np.stack(crops) if crops else np.zeros((0, size, size, 3), np.uint8)

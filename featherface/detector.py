@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 import statistics
 import time
@@ -131,13 +132,13 @@ class FaceDetector:
             raise FeatherFaceError(f"dtype is {dtype!r}; it must be one of: {', '.join(DTYPES)}")
         _check("score_threshold", score_threshold, 0, 1)
         _check("nms_threshold", nms_threshold, 0, 1)
-        _check("size", size, 1, 65536)
-        _check("threads", threads, 1, 4096)
+        _check("size", size, 1, 65536, whole=True)
+        _check("threads", threads, 1, 4096, whole=True)
         _check("pad", pad, 0, 4)
-        _check("tile", tile, 64, 65536)
-        _check("multiple", multiple, 1, 4096)
-        _check("top_k", top_k, 1, 10**9)
-        _check("keep_top_k", keep_top_k, 1, 10**9)
+        _check("tile", tile, 64, 65536, whole=True)
+        _check("multiple", multiple, 1, 4096, whole=True)
+        _check("top_k", top_k, 1, 10**9, whole=True)
+        _check("keep_top_k", keep_top_k, 1, 10**9, whole=True)
         self.score_threshold, self.nms_threshold = score_threshold, nms_threshold
         self.size, self.pad, self.tile, self.multiple = size, pad, tile, multiple
         self.top_k, self.keep_top_k, self.threads = top_k, keep_top_k, threads
@@ -252,6 +253,7 @@ class FaceDetector:
             ``read`` (decoding the file, if it is one), ``preprocess``, ``network``, ``faces`` (decoding of boxes,
             filter, top-k and suppression) and ``total``.
         """
+        _check("repeats", repeats, 1, 10**9, whole=True)
         source, single = image_io.sources(image)
         if not single:
             raise FeatherFaceError("profile takes one image")
@@ -484,13 +486,15 @@ def resolve_weights(weights: str | os.PathLike | None, model: str | None) -> tup
     """Name of the model and its weights file, from what the user gave of both. See :class:`FaceDetector`.
 
     Raises:
-        FeatherFaceError: there is no such model.
+        FeatherFaceError: there is no such model, or two are named.
         CheckpointError: there is no such file, or the model cannot be told from it.
     """
     names = list_models()
     if model is not None and model not in names:
         raise FeatherFaceError(f"there is no model {model!r}; choose from: {', '.join(names)}")
     if weights is None or (str(weights) in names and not Path(weights).exists()):
+        if weights is not None and model not in (None, str(weights)):
+            raise FeatherFaceError(f"the weights are those of {weights}, the model is {model}; name one of the two")
         name = model or (str(weights) if weights is not None else DEFAULT_MODEL)
         path = WEIGHTS / f"{name}.safetensors"
         if not path.is_file():
@@ -547,9 +551,11 @@ def _as_tensor(image: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(image)
 
 
-def _check(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not low <= value <= high:
-        raise FeatherFaceError(f"{name} is {value}; it must be from {low} to {high}")
+def _check(name: str, value: float | None, low: float, high: float, whole: bool = False) -> None:
+    kind = numbers.Integral if whole else numbers.Real
+    if value is not None and not (isinstance(value, kind) and low <= value <= high):
+        what = "a whole number" if whole else "a number"
+        raise FeatherFaceError(f"{name} is {value!r}; it must be {what} from {low} to {high}")
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from .detections import Detections
-from .errors import ImageError
-from .images import ImageLike, sources
+from .images import ImageLike, upright_pixels
 
 BOX_COLOUR = (0, 220, 90)
 TEXT_COLOUR = (0, 0, 0)
@@ -38,15 +35,7 @@ def draw_faces(
     Raises:
         ImageError: the image cannot be read, or has another size than the one the faces were found in.
     """
-    pixels = next(sources(image)[0]).read()
-    if isinstance(pixels, Tensor):
-        pixels = pixels.cpu().float().numpy()
-    if pixels.shape[:2] != detections.image_size:
-        (height, width), (of_height, of_width) = pixels.shape[:2], detections.image_size
-        raise ImageError(
-            f"the faces were found in an image of {of_width}x{of_height} pixels, this has {width}x{height}"
-        )
-    picture = Image.fromarray(np.ascontiguousarray(np.rint(pixels).astype(np.uint8)))
+    picture = Image.fromarray(upright_pixels(image, detections.image_size))
     canvas = ImageDraw.Draw(picture)
     widest = line_width or max(1, round(max(picture.size) / 300))
     # The best face is drawn last, on top of the others.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -26,7 +27,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; give the name of a file")
+        raise IsADirectoryError(errno.EISDIR, "is a directory; give the name of a file", str(path))
     if is_stream(path):
         with tempfile.TemporaryDirectory(prefix="featherface.") as folder:
             temporary = Path(folder, path.name)
@@ -37,7 +38,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    # A name may be as long as the file system allows; that of the temporary file must not become longer.
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:32]}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -30,7 +30,11 @@ SUFFIXES = frozenset(
 """File names that are taken for images in a folder. A file that is named itself may have any name."""
 
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
+    AssertionError,
+)
+"""What Pillow raises for damaged files, and, the last of them, for closed ones."""
 
 
 class Source(NamedTuple):
@@ -65,12 +69,13 @@ def load(path: str | os.PathLike) -> np.ndarray:
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise ImageError(f"{path} has more than {limit} million pixels; reduce it or cut it into parts") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ImageError(f"{path} is damaged or truncated ({error})") from error
 
 
-def from_pil(image: Image.Image) -> np.ndarray:
-    """(H, W, 3) uint8 red, green, blue of a Pillow image in any mode, turned upright by its EXIF orientation.
+def from_pil(image: Image.Image, upright: bool = True) -> np.ndarray:
+    """(H, W, 3) uint8 red, green, blue of a Pillow image in any mode, turned upright by its EXIF orientation unless
+    ``upright`` is False.
 
     Transparent pixels show the networks' mean colour; 16-bit values are divided by 257; values of 32-bit images are
     taken as 8-bit, as 16-bit or, beyond that, relative to the largest one, and floating point up to 1 as a share.
@@ -80,7 +85,8 @@ def from_pil(image: Image.Image) -> np.ndarray:
     """
     if 0 in image.size:
         raise ImageError(f"the image has no pixels (width {image.width}, height {image.height})")
-    image = ImageOps.exif_transpose(image)
+    if upright:
+        image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT or image.mode in ("I", "F"):
         return _grey_to_rgb(_to_8_bit(np.asarray(image), image.mode in _SIXTEEN_BIT, image.mode == "F"))
     if image.has_transparency_data:
@@ -100,6 +106,8 @@ def from_array(array: np.ndarray) -> np.ndarray:
         raise ImageError(f"an array of shape {array.shape} is not an image: expected (height, width, 3){hint}")
     if 0 in array.shape:
         raise ImageError(f"an array of shape {array.shape} has no pixels")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype == np.uint16:
         array = _to_8_bit(array, sixteen=True)
     elif array.dtype != np.uint8:
@@ -135,6 +143,26 @@ def from_tensor(tensor: Tensor) -> Tensor:
     return tensor.permute(1, 2, 0)
 
 
+def upright_pixels(image: ImageLike, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 of one image that must have the height and width ``size``, in which faces were found.
+
+    Raises:
+        ImageError: the image cannot be read, is a collection, or has another size.
+    """
+    images, single = sources(image)
+    if not single:
+        raise ImageError("expected one image, not a collection of images")
+    pixels = next(images).read()
+    if isinstance(pixels, Tensor):
+        pixels = pixels.cpu().float().numpy()
+    if pixels.shape[:2] != tuple(size):
+        (height, width), (of_height, of_width) = pixels.shape[:2], size
+        raise ImageError(
+            f"the faces were found in an image of {of_width}x{of_height} pixels, this has {width}x{height}"
+        )
+    return np.ascontiguousarray(np.rint(pixels).astype(np.uint8))
+
+
 def sources(images: ImageLike | Iterable[ImageLike]) -> tuple[Iterator[Source], bool]:
     """Images to be read one after the other, and whether it was a single one rather than a collection.
 
@@ -167,7 +195,9 @@ def _source(image: ImageLike, index: int | None) -> Source:
             return reader(image)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from None
-        except (OSError, SyntaxError) as error:
+        except UNREADABLE as error:
+            if not isinstance(image, Image.Image):
+                raise
             raise ImageError(f"{name} is damaged or truncated ({error})") from error
 
     return Source(name, read)

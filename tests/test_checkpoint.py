@@ -75,6 +75,8 @@ def test_options_are_noted_and_followed(tmp_path):
     assert other.innovations == ("multiscale",) and same(other, model)
     with pytest.raises(CheckpointError, match=r"it lacks dynamic_gate.weight, dynamic_gate.bias"):
         create_model("featherface_v2_ultra", weights=path, innovations=("dynamic",))
+    with pytest.raises(CheckpointError, match=r"only a .safetensors file tells the model's options"):
+        save_weights(model, tmp_path / "ultra.pth")
 
 
 def test_the_same_weights_make_the_same_bytes(v2, tmp_path):

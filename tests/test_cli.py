@@ -221,6 +221,18 @@ def test_a_broken_file_among_many(capsys, marks, photos, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png"]
 
 
+def test_a_picture_that_cannot_be_written_stops_no_other(capsys, marks, photos, tmp_path):
+    (tmp_path / "out" / "a.png").mkdir(parents=True)
+    long = photos / f"{'n' * 250}.png"
+    (photos / "b.png").rename(long)
+    report = tmp_path / "r.json"
+    code, out, err = run(capsys, "detect", photos, "-o", tmp_path / "out", "--json", report, "--crops", tmp_path / "c")
+    assert code == 1 and out.count("face") == 1
+    assert "a.png cannot be written: is a directory" in err and "1 of 2 inputs failed" in err
+    assert (tmp_path / "out" / long.name).is_file()
+    assert [("error" in result) for result in json.loads(report.read_text())["results"]] == [True, False]
+
+
 def bad_files(folder):
     from test_detector import jpeg_bytes
 
@@ -316,6 +328,7 @@ def test_bad_weights(capsys, photos, tmp_path, weights):
     assert "missing.pth" in refused(capsys, "detect", picture, "-w", tmp_path / "missing.pth")
     error = refused(capsys, "detect", picture, "-w", tmp_path / "v1.pth", "-m", "featherface_v2")
     assert "checkpoint of featherface_v1, not of featherface_v2" in error
+    assert "name one of the two" in refused(capsys, "detect", picture, "-w", "featherface_v1", "-m", "featherface_v2")
     assert "there is no model 'x'" in refused(capsys, "detect", picture, "-w", weights, "-m", "x")
     assert "cannot be used here" in refused(capsys, "detect", picture, "-w", weights, "-d", "cuda:99")
 
@@ -329,6 +342,8 @@ def test_bad_weights(capsys, photos, tmp_path, weights):
         (["fly"], "fly"),
         (["info", "resnet"], "there is no model 'resnet'"),
         (["info", "featherface_v2", "--size", "0x5"], "--size 0x5 is not a size"),
+        (["info", "--size", "640"], "name the model"),
+        (["demo", "-o", "picture"], "--output picture: pictures cannot be written so"),
         (["export", "-f", "tflite"], "tflite"),
     ],
 )
@@ -477,6 +492,10 @@ def test_info(capsys):
 def test_version_and_help(capsys):
     assert run(capsys, "--version")[1].startswith("featherface ")
     assert "Exit code" in run(capsys, "detect", "--help")[1]
+
+
+def test_frames_are_of_videos(capsys, marks, photos):
+    assert "--frames is of videos" in refused(capsys, "detect", photos, "--frames", 3)
 
 
 def test_videos_need_opencv(capsys, monkeypatch, tmp_path, marks):

@@ -66,6 +66,20 @@ def test_decoded_pixels_are_pillows(folder):
     np.testing.assert_allclose(reduced.scales, reduced.sizes / store.sizes)
 
 
+def test_images_without_annotations_are_turned_upright(folder, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = folder / "images" / "group" / "0.png"
+    pixels = np.array(Image.open(path).convert("RGB"))[:40]
+    Image.fromarray(pixels).save(path, exif=exif)
+    for labels, expected in (("auto", pixels), ("none", np.rot90(pixels, -1))):
+        for cache in (None, tmp_path / "cache"):
+            data = load_data([Source("set", labels=labels)], folder.parent, cache_dir=cache)
+            assert np.array_equal(data.store.image(0).numpy(), expected)
+    reduced = load_data([Source("set", labels="none")], folder.parent, max_side=20)
+    assert reduced.store.image(0).shape == (20, round(20 * expected.shape[1] / expected.shape[0]), 3)
+
+
 def test_damaged_images_are_reported_and_skipped(folder):
     (folder / "images" / "group" / "1.png").write_bytes(b"not an image")
     cut = folder / "images" / "group" / "4.png"

@@ -61,6 +61,7 @@ def test_one_image_of_every_kind(detector, picture, tmp_path):
         picture[:, ::-1][:, ::-1],
         np.asfortranarray(picture),
         picture.astype(np.uint16) * 257,
+        (picture.astype(np.uint16) * 257).astype(">u2"),
         picture.astype(np.int64),
         picture.astype(np.float64),
         tensor,
@@ -81,6 +82,16 @@ def test_a_detector_can_be_copied_and_sent_to_another_process(picture):
         assert (other.engine is None) == (detector.engine is None) and other.engine_reason == detector.engine_reason
         found = other.detect(picture)
         assert (found.boxes == expected.boxes).all() and (found.scores == expected.scores).all()
+
+
+def test_a_closed_image_is_no_image(detector, picture, tmp_path):
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as closed:
+        pass
+    with pytest.raises(ImageError, match=r"the image is damaged or truncated|image 0 is damaged or truncated"):
+        detector.detect(closed)
+    with pytest.raises(FeatherFaceError, match="repeats is 0"):
+        detector.profile(picture, repeats=0)
 
 
 def test_bytes_are_no_image(detector):
@@ -360,6 +371,8 @@ def test_too_large_an_input_says_what_to_do(detector):
         ({"threads": 0}, "threads"),
         ({"pad": -1}, "pad"),
         ({"tile": 8}, "tile"),
+        ({"tile": 100.5}, "tile is 100.5; it must be a whole number"),
+        ({"size": "640"}, "size is '640'; it must be a whole number"),
         ({"keep_top_k": 0}, "keep_top_k"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"device": "cuda:99"}, "device 'cuda:99'"),

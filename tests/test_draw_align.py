@@ -158,12 +158,18 @@ def test_all_faces_of_an_image():
     found = faces([[50, 60, 150, 160], [160, 20, 220, 90]], (200, 300))
     assert align_faces(image, found).shape == (2, 112, 112, 3)
     assert align_faces(image, Detections.empty((200, 300))).shape == (0, 112, 112, 3)
+    for source in (Image.fromarray(image), torch.from_numpy(image).permute(2, 0, 1), image.astype(np.float64)):
+        assert np.array_equal(align_faces(source, found), align_faces(image, found))
+    with pytest.raises(ImageError, match="found in an image of 300x200 pixels, this has 150x100"):
+        align_faces(image[::2, ::2], found)
+    with pytest.raises(ImageError, match="one image"):
+        align_faces([image], found)
 
 
 def test_align_rejects():
     landmarks = turned_template(50, 0.3, 0)
     with pytest.raises(ImageError, match="coincide"):
         align(np.zeros((50, 50, 3), np.uint8), np.zeros((5, 2)))
-    for image in (np.zeros((50, 50), np.uint8), np.zeros((50, 50, 3)), np.zeros((0, 50, 3), np.uint8)):
+    for image in ("a.png", np.zeros((50, 50), np.uint8), np.zeros((50, 50, 3)), np.zeros((0, 50, 3), np.uint8)):
         with pytest.raises(ImageError, match="aligned crop needs"):
             align(image, landmarks)

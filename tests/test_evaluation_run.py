@@ -144,12 +144,14 @@ def test_stored_pixels_are_annotated_not_turned_ones(data_set):
     assert open_dataset(data_set).image("a/1.png").shape == (100, 200, 3)
 
 
-def test_grey_and_transparent_images(data_set):
+def test_images_of_every_mode_are_read_as_the_detector_reads_them(data_set):
     Image.new("L", (200, 100), 7).save(data_set / "images" / "a" / "1.png")
-    Image.new("RGBA", (100, 100), (1, 2, 3, 4)).save(data_set / "images" / "b" / "3.png")
+    Image.fromarray(np.full((100, 200), 257 * 9, np.uint16)).save(data_set / "images" / "a" / "2.png")
+    Image.new("RGBA", (100, 100), (1, 2, 3, 0)).save(data_set / "images" / "b" / "3.png")
     dataset = open_dataset(data_set)
     assert dataset.image("a/1.png")[0, 0].tolist() == [7, 7, 7]
-    assert dataset.image("b/3.png")[0, 0].tolist() == [1, 2, 3]
+    assert dataset.image("a/2.png")[0, 0].tolist() == [9, 9, 9]
+    assert dataset.image("b/3.png")[0, 0].tolist() == [123, 117, 104]
 
 
 def test_data_set_errors(data_set, tmp_path):
@@ -246,6 +248,18 @@ def test_baseline(data_set, tmp_path):
     assert report.baseline == "weaker"
     difference = report.results[0].difference["all"]
     assert difference.value == pytest.approx(1 / 3) and difference.low == 0
+    assert report.baseline_missing == 0
+    write_predictions(tmp_path / "part", {"a/1.png": predictions["a/1.png"]})
+    for report in (
+        evaluate(scaled_truth, data_set, baseline=tmp_path / "part", replicates=50),
+        evaluate_predictions(tmp_path / "weaker", data=data_set, baseline=tmp_path / "part", replicates=50),
+    ):
+        assert report.baseline_missing == report.to_dict()["images_without_baseline"] == 2
+    write_predictions(tmp_path / "foreign", {"x/1.png": predictions["a/1.png"]})
+    with pytest.raises(DataError, match="none of the 3 images to score is among the baseline"):
+        evaluate(lambda image: pytest.fail("the detector ran"), data_set, baseline=tmp_path / "foreign")
+    with pytest.raises(DataError, match="among the baseline"):
+        evaluate_predictions(tmp_path / "weaker", data_set / "label.txt", baseline=tmp_path / "foreign")
 
 
 def test_predictions_that_cannot_be_scored(data_set, tmp_path):
@@ -354,8 +368,9 @@ def test_plot(report, tmp_path):
     report.plot(tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         assert image.width > 500
-    with pytest.raises(DataError, match="cannot write the plot"):
-        report.plot(tmp_path / "curve.no_such_format")
+    for name in ("curve.no_such_format", "curve"):
+        with pytest.raises(FeatherFaceError, match="suffix"):
+            report.plot(tmp_path / name)
     assert [path.name for path in tmp_path.glob("*curve*")] == ["curve.png"]
 
 
@@ -426,6 +441,8 @@ def test_command_runs_a_detector(data_set, tmp_path, capsys):
         (["--data", "{set}", "--output", "{set}"], "--output {set} is a folder"),
         (["--data", "{set}", "--output", "{set}/label.txt/x.json"], "cannot be written to"),
         (["--data", "{set}", "--plot", "{set}/label.txt/x.png"], "cannot be written to"),
+        (["--data", "{set}", "--plot", "{out}/plot.xyz"], "its suffix must be one of"),
+        (["--data", "{set}", "--weights", "featherface_v2", "--model", "featherface_v1"], "name one of the two"),
         (["--data", "{set}", "--save-predictions", "{set}/label.txt"], "cannot be written to"),
         (["--data", "{set}", "--weights", "{set}/none.pth"], "none.pth"),
         (["--data", "{set}", "--protocol", "vga"], "vga640"),

@@ -25,11 +25,22 @@ from featherface.data import Source
 from featherface.errors import CheckpointError, DataError, FeatherFaceError
 from featherface.files import sha256
 from featherface.models import save_weights
-from featherface.training import Config, Trainer, TrainingError, comparison, from_dict, override, train
+from featherface.training import (
+    Config,
+    ConfigError,
+    Trainer,
+    TrainingError,
+    comparison,
+    from_dict,
+    override,
+    preset,
+    train,
+)
 from featherface.training import run_folder as run_folder_module
 from featherface.training import trainer as trainer_module
 from featherface.training.averaging import average_weights
 from featherface.training.curves import draw_curves
+from featherface.training.data import read_data
 from featherface.training.model_card import model_card
 from featherface.training.network import Network, Teacher, check_anchors, predict, set_prior
 from featherface.training.run_folder import RunFolder, Table
@@ -148,7 +159,8 @@ def test_the_card_states_what_the_run_says(reference):
     results = Path(__file__).parent.parent / "benchmarks" / "results" / "accuracy" / "featherface_v1_ssh"
     report = json.loads((results / "wider_val_bench_orig.json").read_text())
     timing = {"case": "640x640, batch 1", "contender": "engine", "median_ms": 12.345}
-    machine = {"machine": {"processor": "Some CPU"}, "protocol": {"threads": 2}, "date": "2026-01-02T03:04:05"}
+    protocol = {"threads": 2, "model": "featherface_v2"}
+    machine = {"machine": {"processor": "Some CPU"}, "protocol": protocol, "date": "2026-01-02T03:04:05"}
     card = model_card(reference[0], {"Bench": report}, speed=[{**machine, "timings": [timing]}])
     for text in (
         "256,148 parameters, 0.869 GFLOP",
@@ -169,6 +181,8 @@ def test_the_card_states_what_the_run_says(reference):
     )
     own = (reference[0] / "model_card.md").read_text()
     assert "Not measured on any other data" in own and "## Speed\n\nNot measured." in own
+    unfound = report | {"landmark_error": {"mean": None, "median": None, "found": 0, "faces": 7}}
+    assert "none of the 7 faces with landmarks was found" in model_card(reference[0], {"Bench": unfound})
     with pytest.raises(FeatherFaceError, match="no checkpoint"):
         model_card(reference[0].parent / "absent")
 
@@ -195,6 +209,7 @@ def test_the_card_command(reference, tmp_path, capsys):
         (folder, foreign): "does not say which",
         (folder, other): "holds no result",
         (folder, weights): "as JSON",
+        (folder, results.parent / "featherface_v2_ultra" / "speed.json"): "times of featherface_v2_ultra",
         (tmp_path,): "no checkpoint",
     }.items():
         assert main(["card", *map(str, arguments)]) == 2
@@ -657,6 +672,21 @@ def test_weights_are_compared_on_the_validation_part(root, reference, tmp_path, 
     ):
         assert main(["validate", *wrong, *settings]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_decoded_pixels_are_where_the_configuration_says(root, tmp_path):
+    config = override(preset("default"), [f"data.root={root}", 'data.sources=[{folder="annotated", validation=0.3}]'])
+    config.data.cache_dir = str(tmp_path / "cache")
+    read_data(config)
+    assert not (tmp_path / "cache").exists()
+    config.data.cache = "disk"
+    read_data(config)
+    assert list((tmp_path / "cache").glob("*.u8"))
+    config.data.cache_dir = ""
+    read_data(config, tmp_path / "run")
+    assert list((tmp_path / "run").glob("*.u8"))
+    with pytest.raises(ConfigError, match=r"data.cache_dir"):
+        read_data(config)
 
 
 def test_sources_can_be_given_as_objects():

@@ -108,6 +108,8 @@ def test_overrides():
     for wrong in ("lr=1", "optimizer.lr", "=3", "optimizer.=3"):
         with pytest.raises(ConfigError, match=r"section\.option=value"):
             override(Config(), [wrong])
+    with pytest.raises(ConfigError, match="name was given a value before"):
+        override(Config(), ["model.name=featherface_v1", "model.name.x=1"])
 
 
 def test_unreadable_files(tmp_path):

@@ -14,8 +14,8 @@ from rich.table import Table
 from ..detector import FaceDetector
 from ..draw import draw_faces
 from ..errors import FeatherFaceError
-from ..files import atomic_write
 from . import options
+from .writers import save_picture
 
 REPEATS = 10
 OPS = {"preprocess": "preprocessing", "detection": "face selection"}
@@ -52,12 +52,11 @@ def demo(
 
     The photograph comes with scikit-image (extra: demo).
     """
-    options.writable_file(output, "--output")
+    options.picture_file(output, "--output")
     detector = FaceDetector(weights, model, device, size=size, fused=fused, threads=threads, dtype=dtype)
     image = photograph()
     faces = detector.detect(image)
-    with atomic_write(output) as temporary:
-        draw_faces(image, faces).save(temporary)
+    save_picture(draw_faces(image, faces), output)
     console = Console(highlight=False, soft_wrap=True)
     table = Table("face", "score", "x1", "y1", "x2", "y2", title=f"{len(faces)} found by {detector.model_name}")
     for i, (box, score) in enumerate(zip(faces.boxes, faces.scores)):

@@ -28,7 +28,7 @@ from ..video import SUFFIXES as VIDEO_SUFFIXES
 from ..video import VideoReader, VideoWriter, opencv
 from . import options
 from .inputs import Input, expand
-from .writers import CsvWriter, JsonWriter, Row, open_text
+from .writers import CsvWriter, JsonWriter, Row, open_text, save_picture
 
 
 def detect(
@@ -74,6 +74,8 @@ def detect(
     found, notes = expand(inputs, recursive, without=[folder for folder in (output, crops) if folder is not None])
     if any(item.video for item in found):
         opencv()
+    elif frames is not None:
+        raise FeatherFaceError("--frames is of videos and cameras; there is none among the inputs")
     sources = {item.source.resolve() for item in found if isinstance(item.source, Path)}
     if json is not None and csv is not None and json.resolve() == csv.resolve():
         raise FeatherFaceError(f"--json and --csv name the same file: {json}")
@@ -142,8 +144,7 @@ class Run:
                 raise self._nothing_usable()
         for error in self.errors:
             print(f"featherface: error: {error}", file=sys.stderr)
-        if self.errors:
-            failed = len(self.inputs) - self.done
+        if failed := len(self.inputs) - self.done:
             print(f"featherface: {failed} of {len(self.inputs)} inputs failed", file=sys.stderr)
         return 1 if self.errors else 0
 
@@ -160,8 +161,7 @@ class Run:
 
     def _picture(self, i: int, item: Input, image: np.ndarray, detections: Detections) -> None:
         if self.targets is not None:
-            with atomic_write(self.targets[i]) as temporary:
-                _save(draw_faces(image, detections), temporary)
+            save_picture(draw_faces(image, detections), self.targets[i])
         self._write(Row(str(item.source), detections))
         self.done += 1
         self._crops(item.source, item.name.with_suffix(""), image, detections)
@@ -245,8 +245,10 @@ class Run:
                 )
                 continue
             self.taken.add(target.resolve())
-            with atomic_write(target) as temporary:
-                Image.fromarray(crop).save(temporary)
+            try:
+                save_picture(Image.fromarray(crop), target)
+            except ImageError as error:
+                self.errors.append(error)
 
     def _write(self, row: Row) -> None:
         for writer in self.writers:
@@ -294,7 +296,8 @@ def _targets(inputs: list[Input], output: Path | None, sources: set[Path]) -> li
             raise FeatherFaceError(f"--output {output} is one file, but there are {len(inputs)} inputs; name a folder")
         if inputs[0].video != (suffix == ".mp4"):
             raise FeatherFaceError(f"--output {output}: pictures go to .jpg, .png, ..., videos to .mp4")
-        targets = [options.writable_file(output, "--output")]
+        check = options.writable_file if inputs[0].video else options.picture_file
+        targets = [check(output, "--output")]
     else:
         options.writable_folder(output, "--output")
         targets = [output / _target_name(item) for item in inputs]
@@ -308,13 +311,6 @@ def _target_name(item: Input) -> PurePath:
         return item.name.with_suffix(".mp4")
     keep = item.name.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
     return item.name if keep else item.name.with_suffix(".png")
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    try:
-        picture.save(path, quality=92) if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else picture.save(path)
-    except (KeyError, ValueError) as error:
-        raise FeatherFaceError(f"pictures cannot be written as {path.suffix}: {error}") from error
 
 
 def _count(faces: int) -> str:

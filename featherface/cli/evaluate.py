@@ -88,6 +88,7 @@ def evaluate(
     A part of WIDER FACE val with --ground-truth is scored by the official rules restricted to its images; any other
     set by plain AP at IoU 0.5, over all faces and by size of face.
     """
+    from ..evaluation.report import check_plot
     from ..evaluation.run import evaluate as run
     from ..evaluation.run import evaluate_predictions
 
@@ -96,6 +97,7 @@ def evaluate(
         writable_file(output, "--output")
     if plot is not None:
         writable_file(plot, "--plot")
+        check_plot(plot)
     if predictions is not None:
         given = [name for name in DETECTOR_OPTIONS if context.get_parameter_source(name).name != "DEFAULT"]
         if given:

@@ -22,8 +22,11 @@ def info(
         str | None, typer.Argument(metavar="[MODEL]", help="A model; without it, this installation.")
     ] = None,
     size: Annotated[
-        str, typer.Option("--size", metavar="HxW", help="Input size for the operations: 640 or 480x640.")
-    ] = "640",
+        str | None,
+        typer.Option(
+            "--size", metavar="HxW", help="Input size for a model's operations: 480x640, or 640, the default."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show versions, kernels and devices; or a model's parameters and operations by component.
@@ -32,12 +35,14 @@ def info(
     """
     console = Console(highlight=False)
     if model is not None:
-        summary = summarize(create_model(model), *_size(size))
+        summary = summarize(create_model(model), *_size(size or "640"))
         if json:
             print(json_format.dumps(summary.as_dict(), indent=2))
         else:
             console.print(render(summary))
         return
+    if size is not None:
+        raise FeatherFaceError("--size is of a model's operations; name the model")
     report = kernels_info()
     report["models"] = {
         name: "weights included" if (WEIGHTS / f"{name}.safetensors").is_file() else "no weights included"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from PIL import Image
 
 from ..errors import FeatherFaceError
 from ..files import is_stream
@@ -43,7 +44,11 @@ Tile = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", "-d", help="auto, cpu, cuda or cuda:N.")]
 Fused = Annotated[
-    bool | None, typer.Option("--fused/--no-fused", help="Fused kernels, or plain PyTorch; default: FF_USE_FUSED.")
+    bool | None,
+    typer.Option(
+        "--fused/--no-fused",
+        help="Fused kernels, or plain PyTorch; default: FF_USE_FUSED, or the engine on a CPU and PyTorch on a GPU.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; default: torch's choice.")]
 Dtype = Annotated[
@@ -75,6 +80,18 @@ def writable_folder(path: Path, option: str) -> Path:
     except OSError as error:
         raise FeatherFaceError(f"{option} {path} cannot be written to: {error.strerror or error}") from error
     return path
+
+
+def picture_file(path: Path, option: str) -> Path:
+    """``path``, as :func:`writable_file`, if Pillow writes the format that its suffix names.
+
+    Raises:
+        FeatherFaceError: it does not, or as :func:`writable_file`.
+    """
+    formats = Image.registered_extensions()
+    if formats.get(path.suffix.lower()) not in Image.SAVE:
+        raise FeatherFaceError(f"{option} {path}: pictures cannot be written so; name a .png, .jpg, .webp, ... file")
+    return writable_file(path, option)
 
 
 def writable_file(path: Path, option: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -59,9 +60,10 @@ def train(
         raise FeatherFaceError("name the folder of the run: featherface train RUN (or --print-config)")
     result: Result = run_training(chosen, run, resume, None if stop_after is None else 60 * stop_after, quiet)
     ap = f", validation AP {100 * result.ap['all']:.2f}" if result.ap else ""
-    if result.finished:
-        print(f"finished: {result.folder / 'final.safetensors'}{ap}")
-    else:
-        print(f"stopped at step {result.step}, epoch {result.epoch}{ap}; go on with --resume")
+    if os.environ.get("RANK", "0") == "0":
+        if result.finished:
+            print(f"finished: {result.folder / 'final.safetensors'}{ap}")
+        else:
+            print(f"stopped at step {result.step}, epoch {result.epoch}{ap}; go on with --resume")
     if result.signal:
         raise typer.Exit(128 + result.signal)

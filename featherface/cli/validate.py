@@ -67,6 +67,7 @@ def validate(
         long_side or (),
         limit,
         resolve_device(device),
+        folder=config.parent if config is not None else None,
         report=lambda text: print(f"featherface: {text}", file=sys.stderr),
     )
     if not quiet:

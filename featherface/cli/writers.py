@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from PIL import Image
+
 from ..detections import LANDMARK_NAMES, Detections
+from ..errors import ImageError
 from ..files import atomic_write
 
 CSV_COLUMNS = (
@@ -25,6 +29,25 @@ CSV_COLUMNS = (
     *(f"{name}_{axis}" for name in LANDMARK_NAMES for axis in "xy"),
 )
 """One row per face. ``frame`` is empty for an image, ``face`` counts from 0 by descending score; pixels."""
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a picture in the format of the suffix, whole or not at all.
+
+    Raises:
+        ImageError: Pillow cannot write that format, or not this picture in it, or the file cannot be written for a
+            reason that other files need not share.
+    """
+    quality = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    try:
+        with atomic_write(path) as temporary:
+            picture.save(temporary, **quality)
+    except (KeyError, ValueError) as error:
+        raise ImageError(f"pictures cannot be written to {path}: {error}") from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise ImageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 class Row:

@@ -118,7 +118,10 @@ def load_data(
             raise DataError(f"{record.name} comes from two sources; give their folders different names")
         names.add(record.name)
 
-    store = decode_images([record.path for record in records], max_side, memory_limit_gb, cache_dir, threads, progress)
+    # Annotations mean stored pixels; where there are none, people should stand upright.
+    upright = [record.annotation is None for record in records]
+    paths = [record.path for record in records]
+    store = decode_images(paths, max_side, memory_limit_gb, cache_dir, threads, progress, upright)
     for index, reason in store.failures.items():
         if report is not None:
             report(f"skipped {records[index].path}: it cannot be decoded ({reason})")

@@ -12,21 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
-from featherface.errors import DataError
+from featherface.errors import DataError, ImageError
 from featherface.files import atomic_write
+from featherface.images import UNREADABLE, from_pil
 
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-_FORMAT = 1
+_UNREADABLE = (*UNREADABLE, ImageError, Image.DecompressionBombError)
+_FORMAT = 2
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
 class PixelStore:
-    """Images one after the other, (H, W, 3) uint8 RGB as stored; orientation tags are not applied.
+    """Images one after the other, (H, W, 3) uint8 RGB.
 
     Attributes:
         pixels: (sum of H W 3,) uint8, in memory, mapped from a file, or on a GPU.
@@ -63,8 +64,11 @@ def decode_images(
     cache_dir: str | os.PathLike | None = None,
     threads: int = 0,
     progress: Progress | None = None,
+    upright: Sequence[bool] | None = None,
 ) -> PixelStore:
-    """Decodes images into a :class:`PixelStore`. Images that cannot be decoded are recorded and skipped.
+    """Decodes images of any mode (:func:`featherface.images.from_pil`) into a :class:`PixelStore`.
+
+    Images that cannot be decoded are recorded and skipped.
 
     Args:
         paths: the files.
@@ -75,21 +79,24 @@ def decode_images(
             images' paths, sizes and times of change, by any process.
         threads: decoders at work; 0 for one per CPU.
         progress: called with the number of images done and of all images.
+        upright: for each image, whether it is turned by its EXIF orientation; by default none is, as annotations mean
+            the stored pixels.
 
     Raises:
         DataError: the set is too large for the memory limit, or the cache cannot be written.
     """
     threads = threads or os.cpu_count() or 1
+    upright = [False] * len(paths) if upright is None else upright
     cache = None
     if cache_dir is not None:
-        cache = Path(cache_dir) / f"pixels-{_fingerprint(paths, max_side)}.u8"
+        cache = Path(cache_dir) / f"pixels-{_fingerprint(paths, upright, max_side)}.u8"
         if (store := _open_cache(cache, len(paths))) is not None:
             return store
     failures: dict[int, str] = {}
     sizes = np.zeros((len(paths), 2), np.int64)
     scales = np.ones((len(paths), 2))
     with ThreadPoolExecutor(threads) as pool:
-        for index, header in enumerate(pool.map(_read_size, paths)):
+        for index, header in enumerate(pool.map(_read_size, paths, upright)):
             if isinstance(header, str):
                 failures[index] = header
                 continue
@@ -109,7 +116,7 @@ def decode_images(
                     return None
                 height, width = sizes[index].tolist()
                 slot = pixels[offsets[index] : offsets[index] + height * width * 3].reshape(height, width, 3)
-                return _decode(paths[index], slot)
+                return _decode(paths[index], slot, upright[index])
 
             for index, failure in enumerate(pool.map(decode, range(len(paths)))):
                 if failure is not None:
@@ -131,10 +138,11 @@ def decode_images(
     return store
 
 
-def _read_size(path: Path) -> tuple[int, int] | str:
+def _read_size(path: Path, upright: bool) -> tuple[int, int] | str:
     try:
         with Image.open(path) as image:
-            return image.height, image.width
+            turned = upright and image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (image.width, image.height) if turned else (image.height, image.width)
     except _UNREADABLE as error:
         return str(error) or type(error).__name__
 
@@ -146,25 +154,26 @@ def _reduced(size: tuple[int, int], max_side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _decode(path: Path, slot: np.ndarray) -> str | None:
+def _decode(path: Path, slot: np.ndarray, upright: bool) -> str | None:
     """Decodes into ``slot``; a reason when that is impossible."""
     try:
         with Image.open(path) as image:
-            image = image.convert("RGB")
-            if image.size != (slot.shape[1], slot.shape[0]):
-                image = image.resize((slot.shape[1], slot.shape[0]), Image.Resampling.BOX)
-            slot[...] = np.asarray(image)
+            pixels = from_pil(image, upright)
+        if pixels.shape != slot.shape:
+            reduced = Image.fromarray(pixels).resize((slot.shape[1], slot.shape[0]), Image.Resampling.BOX)
+            pixels = np.asarray(reduced)
+        slot[...] = pixels
     except _UNREADABLE as error:
         return str(error) or type(error).__name__
     return None
 
 
-def _fingerprint(paths: Sequence[Path], max_side: int) -> str:
+def _fingerprint(paths: Sequence[Path], upright: Sequence[bool], max_side: int) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {max_side}".encode())
-    for path in paths:
+    for path, turned in zip(paths, upright):
         try:
             status = path.stat()
-            digest.update(f"\n{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+            digest.update(f"\n{path.resolve()} {status.st_size} {status.st_mtime_ns} {turned}".encode())
         except OSError:
             digest.update(f"\n{path} missing".encode())
     return digest.hexdigest()[:20]

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import DataError
+from ..errors import DataError, ImageError
+from ..images import UNREADABLE, from_pil
 from .readers import Annotation, read_annotations
 
 
@@ -48,8 +49,8 @@ class FaceDataset:
         path = self.path(name)
         try:
             with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                return from_pil(image, upright=False)
+        except (*UNREADABLE, ImageError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot decode the image {path}: {error}") from error
 
     def limited(self, count: int | None) -> FaceDataset:

@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,7 @@ class Report:
         predictions: name of the scored folder or file of predictions.
         unused_predictions: images among the predictions that were not to be scored.
         baseline: name of the predictions compared with.
+        baseline_missing: images that it has no predictions of, scored as empty.
         date: ISO 8601, UTC.
     """
 
@@ -87,6 +89,7 @@ class Report:
     predictions: str | None = None
     unused_predictions: int = 0
     baseline: str | None = None
+    baseline_missing: int = 0
     date: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
     @property
@@ -120,6 +123,7 @@ class Report:
             "kernels": self.kernels,
             "predictions": self.predictions,
             "baseline": self.baseline,
+            "images_without_baseline": self.baseline_missing,
             "average_precision": {result.rules: result.to_dict() for result in self.results},
             "confidence": CONFIDENCE,
             "bootstrap_replicates": self.replicates,
@@ -174,6 +178,7 @@ class Report:
             )
         for count, what in (
             (self.missing, "images had no predictions and were scored as empty"),
+            (self.baseline_missing, "images were not in the baseline, which was scored as empty there"),
             (self.unused_predictions, "images among the predictions were not to be scored"),
         ):
             if count:
@@ -194,15 +199,12 @@ class Report:
         """Draws precision-recall curves; the suffix of ``path`` chooses the format, ``.png`` for example.
 
         Raises:
-            FeatherFaceError: matplotlib is not installed.
+            FeatherFaceError: see :func:`check_plot`.
             DataError: the file cannot be written.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise FeatherFaceError(
-                "plotting needs matplotlib; install it with: pip install 'featherface[eval]'"
-            ) from error
+        check_plot(path)
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6.5 * len(self.results), 5), layout="constrained")
         for axes, result in zip(figure.subplots(1, len(self.results), squeeze=False)[0], self.results):
             for group, matches in result.scores.matches.items():
@@ -225,8 +227,21 @@ class Report:
                 figure.savefig(temporary, dpi=150)
         except OSError as error:
             raise DataError(f"cannot write the plot {path}: {error.strerror or error}") from error
-        except ValueError as error:
-            raise DataError(f"cannot write the plot {path}: {error}") from error
+
+
+def check_plot(path: str | os.PathLike) -> None:
+    """Refuses what :meth:`Report.plot` cannot write.
+
+    Raises:
+        FeatherFaceError: matplotlib is not installed, or does not know the suffix of ``path``.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise FeatherFaceError("plotting needs matplotlib; install it with: pip install 'featherface[eval]'") from error
+    formats = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in formats:
+        raise FeatherFaceError(f"plots cannot be written to {path}; its suffix must be one of: {', '.join(formats)}")
 
 
 def versions() -> dict[str, str]:

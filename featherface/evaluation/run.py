@@ -113,7 +113,7 @@ def evaluate(
     """
     target = _data_target(data, limit, ground_truth)
     dataset = target.dataset
-    baseline_rows = read_predictions(baseline) if baseline is not None else None
+    baseline_rows = _read_common(baseline, target.names, "baseline") if baseline is not None else None
     protocol = get_protocol(protocol)
     detect, facts = _as_function(detector, score_threshold, nms_threshold, multiple, facts)
     predictions, points = detect_dataset(detect, dataset, protocol, progress)
@@ -130,6 +130,7 @@ def evaluate(
         nms_threshold=nms_threshold,
         multiple=multiple,
         baseline=Path(baseline).name if baseline is not None else None,
+        baseline_missing=_lacking(baseline_rows, target.names),
         **facts,
     )
 
@@ -157,32 +158,43 @@ def evaluate_predictions(
         The report; it knows the detector only by the name of the predictions.
 
     Raises:
-        DataError: something cannot be used, or no image is common to the predictions and the ground truth.
+        DataError: something cannot be used, or no image is common to the predictions, or the baseline, and what is to
+            be scored.
     """
     if ground_truth is None and data is None:
         raise DataError("predictions can be scored only against something: give a ground truth or a data set")
     if limit is not None and data is None:
         raise DataError("a limit on the number of images needs a data set")
-    from_files = isinstance(predictions, (str, os.PathLike))
-    rows = read_predictions(predictions) if from_files else predictions
-    baseline_rows = read_predictions(baseline) if baseline is not None else None
     target = _data_target(data, limit, ground_truth) if data is not None else _file_target(ground_truth)
-    results = target.results(rows, baseline_rows, replicates)
-    names = results[0].scores.names
-    unused = len({image_key(name) for name in rows} - set(names))
-    if unused == len(rows):
-        raise DataError(
-            f"none of the {len(names)} images to score is among the predictions; expected names like "
-            f"{names[0] if names else 'event/image'}"
-        )
+    rows = _read_common(predictions, target.names, "predictions")
+    baseline_rows = _read_common(baseline, target.names, "baseline") if baseline is not None else None
     return Report(
         data_set=target.name,
-        results=results,
+        results=target.results(rows, baseline_rows, replicates),
         replicates=replicates,
-        predictions=Path(predictions).name if from_files else None,
-        unused_predictions=unused,
+        predictions=Path(predictions).name if isinstance(predictions, (str, os.PathLike)) else None,
+        unused_predictions=len({image_key(name) for name in rows} - set(target.names)),
         baseline=Path(baseline).name if baseline is not None else None,
+        baseline_missing=_lacking(baseline_rows, target.names),
     )
+
+
+def _read_common(
+    predictions: str | os.PathLike | Mapping[str, np.ndarray], names: Sequence[str], what: str
+) -> Mapping[str, np.ndarray]:
+    """Predictions, of which some are of the images to score."""
+    rows = read_predictions(predictions) if isinstance(predictions, (str, os.PathLike)) else predictions
+    if {image_key(name) for name in rows}.isdisjoint(names):
+        raise DataError(
+            f"none of the {len(names)} images to score is among the {what}; expected names like "
+            f"{names[0] if names else 'event/image'}"
+        )
+    return rows
+
+
+def _lacking(rows: Mapping[str, np.ndarray] | None, names: Sequence[str]) -> int:
+    """How many of the images to score have no row."""
+    return 0 if rows is None else len(set(names) - {image_key(name) for name in rows})
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +205,13 @@ class _Target:
     annotations: tuple[Annotation, ...] | None = None
     truth: WiderGroundTruth | None = None
     dataset: FaceDataset | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Keys of the images to score."""
+        if self.truth is not None:
+            return list(self.truth.names)
+        return [image_key(annotation.name) for annotation in self.annotations]
 
     def results(
         self, predictions: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray] | None, replicates: int

@@ -39,7 +39,7 @@ class Distillation:
         positive_threshold: probability from which on an anchor is a positive of the teacher.
         feature_weight: of the squared difference from the teacher's last feature maps, where it sees faces.
         unlabelled_weight: of the class, box and landmark terms in images without annotations, relative to others.
-        cache_gb: memory for the teacher's outputs, where views repeat (augmentation views) and feature_weight is 0.
+        cache_gb: memory for the teacher's outputs, where views repeat (``batches.views``) and feature_weight is 0.
     """
 
     teacher: str = "featherface_v1_ssh"

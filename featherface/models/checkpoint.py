@@ -180,11 +180,17 @@ def save_weights(model: nn.Module, path: str | os.PathLike, metadata: Mapping[st
     The file is complete or not there at all.
 
     Raises:
-        CheckpointError: the suffix is neither ``.safetensors`` nor ``.pth`` or ``.pt``, or the file cannot be written.
+        CheckpointError: the suffix is neither ``.safetensors`` nor ``.pth`` or ``.pt``, a ``.pth`` file is to hold a
+            model with other than the usual options, which it has no place for, or the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise CheckpointError(f"{path}: weights are written as .safetensors, .pth or .pt")
+    if path.suffix != ".safetensors" and (options := getattr(model, "options", None)):
+        with torch.device("meta"):
+            usual = type(model)().options
+        if options != usual:
+            raise CheckpointError(f"{path}: only a .safetensors file tells the model's options, {dict(options)}")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     try:
         with atomic_write(path) as temporary:

@@ -23,7 +23,7 @@ def average_weights(
 
     Args:
         files: two or more weights files of the same model; a model's name stands for the package's weights.
-        output: ``.safetensors`` or ``.pth``; its metadata name the files, their sums and their shares.
+        output: ``.safetensors``, whose metadata name the files, their sums and their shares, or ``.pth``.
         shares: of each file, not negative; by default equal.
 
     Returns:

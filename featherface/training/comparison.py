@@ -43,6 +43,7 @@ def validate_weights(
     limit: int = 0,
     device: str | torch.device = "cpu",
     replicates: int = 1000,
+    folder: str | os.PathLike | None = None,
     report: Callable[[str], None] | None = None,
 ) -> list[Validated]:
     """AP of each weights file on the validation part, with 95 % intervals and paired differences from the first.
@@ -54,6 +55,7 @@ def validate_weights(
         long_sides: longer sides of the images in pixels, 0 for the stored size; default: ``validation.long_side``.
         limit: use at most so many images, evenly spread; 0 for all.
         replicates: of the bootstrap over images.
+        folder: see :func:`~featherface.training.data.read_data`.
         report: called with a sentence for each image that is skipped.
 
     Returns:
@@ -62,7 +64,7 @@ def validate_weights(
     Raises:
         FeatherFaceError: there are no files.
         CheckpointError: a file cannot be read, or the model cannot be told from it.
-        DataError: a source cannot be used, or no images are kept for validation.
+        ConfigError, DataError: a source cannot be used, or no images are kept for validation.
     """
     if not files:
         raise FeatherFaceError("name at least one weights file to validate")
@@ -70,8 +72,7 @@ def validate_weights(
     for file in files:
         name, path = resolve_weights(file, None)
         models.append((str(file), name, create_model(name, weights=path, fused=config.model.fused or None).to(device)))
-    cache_dir = config.path(config.data.cache_dir) if config.data.cache_dir else None
-    data = read_data(config.data, cache_dir, report)
+    data = read_data(config, folder, report)
     if not len(data.validation):
         raise DataError("the configuration keeps no images for validation; give a source in data.sources a share of it")
     indices = validation_indices(data, dataclasses.replace(config.validation, limit=limit))

@@ -371,6 +371,8 @@ def override(config: Config, assignments: Sequence[str]) -> Config:
         place = values
         for part in parts[:-1]:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{assignment!r}: {part} was given a value before and has no options of its own")
         place[parts[-1]] = _value(text.strip())
     return from_dict(values, config)
 

@@ -37,13 +37,18 @@ def model_card(
         speed: what ``featherface benchmark --json`` wrote, as dictionaries.
 
     Raises:
-        FeatherFaceError: the folder holds no run.
+        FeatherFaceError: the folder holds no run, or ``speed`` is another model's.
     """
     folder = Path(folder)
     state = RunFolder.peek(folder)
     if state is None:
         raise FeatherFaceError(f"{folder} holds no checkpoint of a training run")
     config = from_dict(state["config"])
+    for report in speed:
+        if report["protocol"]["model"] != config.model.name:
+            raise FeatherFaceError(
+                f"{folder} is a run of {config.model.name}, but times of {report['protocol']['model']} are given"
+            )
     facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").exists() else {}
     validation, metrics = (Table(folder / name, []).read() for name in ("validation.csv", "metrics.csv"))
     landmarks = any(float(row.get(name) or 0) for row in metrics for name in ("landmark", "teacher_landmark"))
@@ -158,12 +163,15 @@ def _results(config: Config, validation: list[dict[str, str]], reports: Mapping[
                     ap, low, high = (f"{100 * value:.1f}" for value in values)
                     lines.append(f"| {rules} | {group} | {result['faces']} | {ap} | {low} to {high} |")
         lines.append("")
-        if error := report.get("landmark_error"):
+        error = report.get("landmark_error")
+        if error and error["mean"] is not None:
             lines += [
                 f"Landmark error: mean {100 * error['mean']:.2f} %, median {100 * error['median']:.2f} % of the "
                 f"distance between the eyes, on {error['found']} of {error['faces']} faces.",
                 "",
             ]
+        elif error:
+            lines += [f"Landmark error: none of the {error['faces']} faces with landmarks was found.", ""]
     return "\n".join(lines).rstrip()
 
 

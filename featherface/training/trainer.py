@@ -349,21 +349,18 @@ class Trainer:
             return None
 
     def _data(self) -> FaceData:
-        config = self.config.data
-        cache_dir = None
-        if config.cache == "disk":
-            cache_dir = self.config.path(config.cache_dir) if config.cache_dir else self.path
+        cache = self.config.data.cache
 
         def load() -> FaceData:
-            return read_data(config, cache_dir, self.say if self.world.first else None)
+            return read_data(self.config, self.path, self.say if self.world.first else None)
 
         # With a cache on disk, one process makes it and the others find it.
-        if self.world.first or cache_dir is None:
+        if self.world.first or cache != "disk":
             data = load()
         self.world.wait()
-        if not self.world.first and cache_dir is not None:
+        if not self.world.first and cache == "disk":
             data = load()
-        if config.cache == "device":
+        if cache == "device":
             data = FaceData(**{**vars(data), "store": data.store.to(self.device)})
         self.say(
             f"{len(data.train)} images to train on ({self._unlabelled(data)} without annotations), "
@@ -402,7 +399,7 @@ class Trainer:
                 while self.batch < self.loader.batches_per_epoch:
                     self._step([next(batches) for _ in range(config.batches.accumulate)])
                     self.batch += config.batches.accumulate
-                    if self.step % config.runtime.log_every == 0:
+                    if self.step % config.runtime.log_every == 0 or self.step == self.total_steps:
                         self._log()
                     if self.display is not None:
                         self.display.step(self.step)

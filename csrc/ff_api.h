@@ -174,7 +174,7 @@ FF_EXPORT int ff_cuda_conv_input_gradient(const void *grad, const void *weight, 
                                           void *stream);
 FF_EXPORT int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t channels, int64_t height, int64_t width,
                                                          int64_t out_channels, int64_t kernel, int64_t stride,
-                                                         int64_t padding, int64_t groups);
+                                                         int64_t padding, int64_t groups, int dtype);
 FF_EXPORT int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
                                            double x_slope, void *grad_weight, int64_t batch, int64_t channels,
                                            int64_t height, int64_t width, int64_t out_channels, int64_t kernel,

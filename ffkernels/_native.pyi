@@ -807,6 +807,7 @@ def ff_cuda_conv_weight_gradient_workspace(
     stride: int,
     padding: int,
     groups: int,
+    dtype: int,
 ) -> int: ...
 def ff_cuda_conv_weight_gradient(
     grad: int,

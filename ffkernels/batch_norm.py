@@ -56,6 +56,10 @@ class BatchNorm(NamedTuple):
         return cls(module.weight, module.bias, running_mean, running_var, training, momentum, module.eps)
 
 
+Use = tuple[BatchNorm, Tensor, Tensor, int]
+"""A normalisation, the mean and biased variance that it saw, and of how many values per channel."""
+
+
 def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and running variance for kernels of ``dtype``; in training they read no statistics.
 
@@ -76,7 +80,7 @@ def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Ten
     return scale, shift, torch.zeros_like(mean), torch.full_like(var, 1 - bn.eps)
 
 
-def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, int]]) -> None:
+def update_running_statistics(uses: Sequence[Use]) -> None:
     """``running = (1 - momentum) * running + momentum * batch`` for (bn, mean, biased variance, values per channel)."""
     tracked = [use for use in uses if use[0].running_mean is not None]
     if not tracked:
@@ -92,12 +96,27 @@ def update_running_statistics(uses: Sequence[tuple[BatchNorm, Tensor, Tensor, in
             batch_norm_update([(bn, mean.data_ptr(), var.data_ptr(), n) for bn, mean, var, n in tracked])
             return
     with torch.no_grad():
-        for momentum in dict.fromkeys(bn.momentum for bn, *_ in tracked):
-            group = [use for use in tracked if use[0].momentum == momentum]
+        for group in _at_once(tracked):
             var = torch._foreach_mul([v for _, _, v, _ in group], [n / (n - 1) for *_, n in group])
             running = [bn.running_mean for bn, *_ in group] + [bn.running_var for bn, *_ in group]
             batch = [m.to(r.dtype) for m, r in zip([*(m for _, m, _, _ in group), *var], running)]
-            torch._foreach_lerp_(running, batch, momentum)
+            torch._foreach_lerp_(running, batch, group[0][0].momentum)
+
+
+def _at_once(uses: Sequence[Use]) -> list[list[Use]]:
+    """Uses in groups of one momentum that name no running statistics twice: a GPU updates a group in no order."""
+    groups: list[list[Use]] = []
+    for use in uses:
+        first = 0
+        for n, group in enumerate(groups):
+            if any(other[0].running_mean is use[0].running_mean for other in group):
+                first = n + 1
+        fitting = next((g for g in groups[first:] if g[0][0].momentum == use[0].momentum), None)
+        if fitting is None:
+            groups.append([use])
+        else:
+            fitting.append(use)
+    return groups
 
 
 def updatable(bn: BatchNorm, dtype: torch.dtype) -> bool:

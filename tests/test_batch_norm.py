@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ffkernels import BatchNorm
-from ffkernels.batch_norm import normalisation_tensors, update_running_statistics
+from ffkernels.batch_norm import _at_once, normalisation_tensors, update_running_statistics
 
 
 def run(module: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
@@ -76,6 +76,22 @@ def test_running_statistics(dense, dtype):
     assert all(
         bn.running_mean._version > v[0] and bn.running_var._version > v[1] for (bn, *_), v in zip(uses, versions)
     )
+
+
+def test_statistics_that_are_named_twice_are_updated_one_after_the_other():
+    def use(running, momentum):
+        return BatchNorm(None, None, running, running, True, momentum, 1e-5), running, running, 2
+
+    a, b, c = torch.zeros(2), torch.zeros(2), torch.zeros(2)
+    uses = [use(a, 0.1), use(b, 0.1), use(a, 0.1), use(c, 0.2), use(a, 0.2), use(b, 0.1), use(a, 0.1)]
+    groups = _at_once(uses)
+    for tensor in (a, b, c):
+        assert all(sum(bn.running_mean is tensor for bn, *_ in group) < 2 for group in groups)
+        places = [n for n, group in enumerate(groups) for bn, *_ in group if bn.running_mean is tensor]
+        momenta = [groups[n][0][0].momentum for n in places]
+        assert momenta == [bn.momentum for bn, *_ in uses if bn.running_mean is tensor]
+    assert all(len({bn.momentum for bn, *_ in group}) == 1 for group in groups)
+    assert sum(map(len, groups)) == len(uses) and len(groups[0]) == 2
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])

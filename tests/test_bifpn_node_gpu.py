@@ -4,6 +4,7 @@ import pytest
 import torch
 from backends import backend_dtypes, backends
 from helpers import compare_kernel, convert
+from layers import conv, norm, tensor
 from test_bifpn_node_cpu import CASES, make
 
 import ffkernels
@@ -26,6 +27,15 @@ def kernel_of(gpu):
 def test_float32(gpu, case, pool, training):
     torch.manual_seed(1)
     compare_kernel(kernel_of(gpu), reference, make(case, training, pool, batch=3), device=gpu.device)
+
+
+@pytest.mark.parametrize("source,target", [(26, 44), (126, 142), (80, 92), (7, 3), (1, 5), (5, 1), (9, 18), (9, 17)])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_nearest_pixels_are_those_of_interpolate(gpu, source, target):
+    torch.manual_seed(5)
+    inputs = tensor(1, 2, target, 3), tensor(1, 2, source, 2)
+    arguments = inputs, ("none", "up"), torch.rand(2).double(), conv(2, 2, 3, groups=2), None, norm(2, False)
+    compare_kernel(kernel_of(gpu), reference, arguments, device=gpu.device)
 
 
 @pytest.mark.parametrize("gpu,dtype", HALVES)

@@ -112,5 +112,7 @@ def test_code_for_a_gpu():
     assert has_code(["80", "90"], 8, 0) and has_code(["80", "90"], 8, 6) and has_code(["80", "90"], 9, 0)
     assert has_code(["80", "90"], 10, 0), "by the PTX of the newest"
     assert not has_code(["80", "90"], 7, 5) and not has_code(["90"], 8, 9) and not has_code(["86"], 8, 0)
+    assert has_code(["70"], 7, 5) and has_code(["75", "80"], 9, 0)
+    assert not has_code(["75"], 9, 0) and not has_code(["75", "90a"], 8, 0), "no code for tensor cores"
     assert has_code(["90a"], 9, 0) and not has_code(["90a"], 10, 0) and not has_code(["100a"], 10, 3)
     assert has_code(["100f"], 10, 3) and not has_code(["100f"], 12, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from backends import backends
 
-from ffkernels import Policy
+from ffkernels import FusedKernelRequired, Policy
 from ffkernels.ops.crop_resize import crop_resize
 
 FILL = (123, 117, 104)
@@ -61,6 +61,13 @@ def test_gpu_crop_resize(gpu, name):
     difference = (found.int() - expected.int()).abs()
     # PyTorch resizes 8 bits in whole numbers, along one axis after the other.
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.2
+
+
+@pytest.mark.parametrize("gpu", CUDA)
+def test_more_views_than_a_grid_has_are_refused(gpu):
+    views = torch.tensor([view(4, (0, 0, 1, 1), (0, 0, 1, 1), image, (0, 0, 1)) for image in range(65536)])
+    with pytest.raises(FusedKernelRequired, match="more than 65,535 views"):
+        crop_resize(PIXELS.to(gpu.device), views, len(views), 1, FILL, policy=gpu.policy)
 
 
 @pytest.mark.parametrize("gpu", CUDA)

@@ -74,6 +74,8 @@ def test_errors():
     x, heads = features(), [head() for _ in SIZES]
     with pytest.raises(ValueError, match="multi_head: needs as many heads as levels, at least one, got 2 and 3"):
         ffkernels.multi_head(x, heads[:2])
+    with pytest.raises(ValueError, match=r"features\[1\] has a batch of 1, features\[0\] one of 2"):
+        ffkernels.multi_head([x[0], x[1][:1], x[2]], heads)
     with pytest.raises(ValueError, match="got 0 and 0"):
         ffkernels.multi_head([], [])
     with pytest.raises(ValueError, match=r"heads\[1\].trunk.weight \(2, 5, 3, 3\) with groups=1 does not fit 4"):

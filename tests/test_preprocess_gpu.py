@@ -4,6 +4,7 @@ import pytest
 import torch
 from backends import backends
 
+from ffkernels import FusedKernelRequired
 from ffkernels.ops.preprocess import MEAN, preprocess
 from ffkernels.reference.preprocess import preprocess as reference
 
@@ -12,7 +13,21 @@ def image(h, w, seed=0, dtype=torch.uint8):
     return torch.randint(0, 256, (h, w, 3), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.mark.parametrize("gpu", [p for p in backends("preprocess") if p.values[0].name != "cpu"])
+GPUS = [p for p in backends("preprocess") if p.values[0].name != "cpu"]
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_the_kernel_cannot_do_is_refused(gpu):
+    x = image(2, 2).to(gpu.device)
+    with pytest.raises(FusedKernelRequired, match="no int32 output"):
+        preprocess(x, dtype=torch.int32, policy=gpu.policy)
+    with pytest.raises(FusedKernelRequired, match="more than 65,535 images"):
+        preprocess(x.expand(65536, 2, 2, 3), policy=gpu.policy)
+    with pytest.raises(FusedKernelRequired, match="524,280 rows"):
+        preprocess(x, canvas=(524281, 2), policy=gpu.policy)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
 @pytest.mark.parametrize(

@@ -597,11 +597,11 @@ extern "C" int ff_cuda_conv_input_gradient(const void *grad, const void *weight,
 
 extern "C" int64_t ff_cuda_conv_weight_gradient_workspace(int64_t batch, int64_t channels, int64_t height,
                                                           int64_t width, int64_t out_channels, int64_t kernel,
-                                                          int64_t stride, int64_t padding, int64_t groups) {
+                                                          int64_t stride, int64_t padding, int64_t groups, int dtype) {
   const Pass p = make_pass(batch, channels, height, width, out_channels, kernel, stride, padding, groups);
   if (batch == 0 || !valid(p)) return 0;
-  const int64_t slices = weight_slices(p), of_product = ff::as_product(p, 4) ? ff::product_weight_slices(p) : 0;
-  return (slices > of_product ? slices : of_product) * weight_count(p) * int64_t(sizeof(float));
+  const bool product = ff::as_product(p, dtype == FF_FLOAT32 ? 4 : 2);
+  return (product ? ff::product_weight_slices(p) : weight_slices(p)) * weight_count(p) * int64_t(sizeof(float));
 }
 
 extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, const void *x_stats, int x_activation,
@@ -616,7 +616,6 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
   p.chunk = choose_chunk(p, rest);
   const size_t bytes = size_t(p.chunk * p.plane() + rest(p.chunk)) * sizeof(float);
   const int64_t parts = p.groups * ff::ceil_div(p.group_out(), kChunk) * ff::ceil_div(p.group_in(), p.chunk);
-  if (bytes > 48 << 10 || parts > 65535) return FF_BAD_ARGUMENT;
   const ff::Norm in = ff::make_norm(x_stats, channels, x_activation, x_slope);
   const int64_t slices = weight_slices(p), weights = weight_count(p);
   const dim3 grid(static_cast<unsigned>(slices), static_cast<unsigned>(parts));
@@ -635,6 +634,7 @@ extern "C" int ff_cuda_conv_weight_gradient(const void *grad, const void *x, con
       if (code != FF_OK) return code;
       return ff::sum_slices(partial, ff::product_weight_slices(p), weights, static_cast<T *>(grad_weight), s);
     }
+    if (!depthwise(p) && (bytes > 48 << 10 || parts > 65535)) return FF_BAD_ARGUMENT;
     if (depthwise(p) && p.kernel == 3 && p.stride == 1)
       depthwise_weight_gradient_kernel<T, 3, 1><<<columns, block, 0, s>>>(p, span, g, input, in, partial);
     else if (depthwise(p) && p.kernel == 3 && p.stride == 2)

@@ -68,10 +68,11 @@ def has_code(architectures: Sequence[str], major: int, minor: int) -> bool:
     """Whether code for these architectures, such as "80" or "90a", runs on a GPU of a compute capability.
 
     Machine code runs on GPUs of the same major and no lower minor version, with the suffix ``a`` on that version alone;
-    the PTX of the newest one without a suffix also runs on all later ones.
+    the PTX of the newest one without a suffix also runs on all later ones, but that of before 8.0 has no code for the
+    tensor cores that later GPUs are taken to have.
     """
-    plain = [int(arch) for arch in architectures if arch.isdigit()]
-    if plain and max(plain) <= 10 * major + minor:
+    plain, capability = [int(arch) for arch in architectures if arch.isdigit()], 10 * major + minor
+    if plain and max(plain) <= capability and (max(plain) >= 80 or capability < 80):
         return True
     for arch in architectures:
         of_major, of_minor = divmod(int(arch.rstrip("af")), 10)

@@ -224,7 +224,8 @@ def conv_weight_gradient(grad: Tensor, source: Source, link: Link) -> Tensor:
     native, _ = module()
     shape = conv_shape(source.x, link)
     out = torch.empty_like(link.weight)
-    workspace = grad.new_empty(native.ff_cuda_conv_weight_gradient_workspace(*shape), dtype=torch.uint8)
+    size = native.ff_cuda_conv_weight_gradient_workspace(*shape, DTYPES[grad.dtype])
+    workspace = grad.new_empty(size, dtype=torch.uint8)
     code = native.ff_cuda_conv_weight_gradient(
         grad.data_ptr(),
         *source.arguments(),

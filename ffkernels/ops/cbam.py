@@ -26,15 +26,17 @@ def _supports(request: registry.Request) -> str | None:
     return "a spatial convolution with a bias" if request.facts.get("bias", False) else None
 
 
+def _supports_triton(request: registry.Request) -> str | None:
+    return "more than 65,535 images in a batch" if request.facts.get("many", False) else _supports(request)
+
+
 def _supports_cuda(request: registry.Request) -> str | None:
-    if request.facts.get("many", False):
-        return "more than 65,535 images in a batch"
-    return "kernels larger than 7x7" if request.facts.get("kernel", 1) > 7 else _supports(request)
+    return "kernels larger than 7x7" if request.facts.get("kernel", 1) > 7 else _supports_triton(request)
 
 
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
 registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_cuda)
-registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports_triton)
 
 
 class Application(NamedTuple):

@@ -15,7 +15,12 @@ from .library import define, kernels
 OP = "crop_resize"
 COLUMNS = 16
 
-registry.register(OP, "cuda", (torch.uint8,), backward=False)
+
+def _supports(request: registry.Request) -> str | None:
+    return "more than 65,535 views" if request.facts.get("many", False) else None
+
+
+registry.register(OP, "cuda", (torch.uint8,), backward=False, supports=_supports)
 
 
 def _run(pixels: Tensor, views: Tensor, images: int, size: int, fill: Sequence[int], backend: str) -> Tensor:
@@ -75,7 +80,7 @@ def crop_resize(
             f"crop_resize: view {wrong} ({views[wrong].tolist()}) leaves its photograph, its square, the {images} "
             f"images of {size} pixels or the {len(pixels)} bytes of photographs"
         )
-    backend = registry.select(OP, pixels, policy or call_policy())
+    backend = registry.select(OP, pixels, policy or call_policy(), many=len(views) > 65535)
     with torch.no_grad():
         if backend == "reference":
             return reference.crop_resize(pixels, views, images, size, tuple(fill))

@@ -14,12 +14,12 @@ from ..config import Policy, call_policy
 from ..params import ConvParams, ConvUnit, HeadParams
 from ..reference.multi_head import multi_head as reference
 from . import checks
-from .conv_chain import batched, nhwc, output_sizes, run_chain, supports
+from .conv_chain import batched, nhwc, output_sizes, run_chain, supports, supports_cuda
 from .library import define, kernels
 
 OP = "multi_head"
 registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
-registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports_cuda)
 registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
 
 
@@ -103,7 +103,8 @@ def multi_head(
         a GPU's autocast, as those of ``torch.softmax`` are.
 
     Raises:
-        ValueError: levels and heads differ in number, or shapes do not fit each other.
+        ValueError: levels and heads differ in number, or shapes do not fit each other; a batch is the same at all
+            levels.
         FusedKernelRequired: the policy is ``"require"`` and no kernel serves the call.
     """
     if len(features) == 0 or len(features) != len(heads):
@@ -111,6 +112,8 @@ def multi_head(
     for i, (x, head) in enumerate(zip(features, heads)):
         checks.feature_map(OP, f"features[{i}]", x)
         checks.same_device(OP, f"features[{i}]", x, features[0])
+        if x.shape[0] != features[0].shape[0]:
+            checks.fail(OP, f"features[{i}] has a batch of {x.shape[0]}, features[0] one of {features[0].shape[0]}")
         channels = x.shape[1]
         if head.trunk is not None:
             channels = checks.convolution(OP, f"heads[{i}].trunk", head.trunk, x, channels)
@@ -137,12 +140,13 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     record = checks.needs_grad(features, heads)
     features = [checks.autocast_input(x) for x in features]
-    facts = {"kernel": 1, "plain": all(x.dtype == features[0].dtype for x in features)}
+    facts = {"kernel": 1, "stride": 1, "plain": all(x.dtype == features[0].dtype for x in features)}
     for head in heads:
         facts["plain"] = facts["plain"] and head.bbox.groups == head.cls.groups == head.landmarks.groups == 1
         if head.trunk is not None:
             kh, kw = head.trunk.weight.shape[2:]
             facts["kernel"] = max(facts["kernel"], int(kh))
+            facts["stride"] = max(facts["stride"], head.trunk.stride)
             facts["plain"] = facts["plain"] and kh == kw and head.trunk.padding < kh
     backend = registry.select(OP, features[0], policy or call_policy(), record, **facts)
     if backend == "reference":

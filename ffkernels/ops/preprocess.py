@@ -22,8 +22,11 @@ def _supports(request: Request) -> str | None:
 
 
 def _supports_cuda(request: Request) -> str | None:
+    if request.facts.get("many", False):
+        return "more than 65,535 images or 524,280 rows"
     dtype = request.facts.get("output", torch.float32)
-    return None if dtype != torch.float64 else "no float64 output"
+    served = dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return None if served else f"no {str(dtype).removeprefix('torch.')} output"
 
 
 registry.register(OP, "cpu", (torch.uint8, torch.float32, torch.float64), backward=False, supports=_supports)
@@ -107,7 +110,8 @@ def preprocess(
     canvas = needed if canvas is None else tuple(canvas)
     if min(size) < 1 or min(offset) < 0 or canvas[0] < needed[0] or canvas[1] < needed[1]:
         raise ValueError(f"preprocess: size {size} at offset {tuple(offset)} does not fit on a canvas of {canvas}")
-    backend = registry.select(OP, image, policy or call_policy(), output=dtype)
+    many = (image.dim() == 4 and image.shape[0] > 65535) or canvas[0] > 524280
+    backend = registry.select(OP, image, policy or call_policy(), output=dtype, many=many)
     with torch.no_grad():
         if backend == "reference":
             return reference.preprocess(image, size, canvas, tuple(offset), _ORDERS[order], mean, dtype)

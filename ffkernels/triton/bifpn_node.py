@@ -54,14 +54,21 @@ def pooled(x_ptr, image, i, j, height, width, channels, channel, mask, SAME: tl.
 
 
 @triton.jit
+def nearest(i, size, target):
+    """The source of place i of ``target``, in the float32 arithmetic of torch.nn.functional.interpolate."""
+    scale = tl.math.div_rn(tl.full((), size, tl.float32), tl.full((), target, tl.float32))
+    return tl.minimum(tl.floor(i.to(tl.float32) * scale).to(tl.int32), size - 1)
+
+
+@triton.jit
 def resampled(x_ptr, image, i, j, in_h, in_w, height, width, channels, channel, mask, HOW: tl.constexpr, SAME):
     """A tile of the input as the node adds it: the pixels i, j of the node's map."""
     if HOW == DOWN:
         value, _ = pooled(x_ptr, image, i, j, in_h, in_w, channels, channel, mask, SAME)
     else:
         if HOW == UP:
-            i = i * in_h // height
-            j = j * in_w // width
+            i = nearest(i, in_h, height)
+            j = nearest(j, in_w, width)
         at = ((image * in_h + i) * in_w + j).to(tl.int64)[:, None] * channels + channel[None, :]
         value = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return value
@@ -180,6 +187,7 @@ def fuse_input_gradient_kernel(
     width,
     channels,
     HOW: tl.constexpr,
+    MARGIN: tl.constexpr,  # 1 where a rounded scale may move what reads a pixel by a place, 0 where it cannot
     SAME: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -214,16 +222,16 @@ def fuse_input_gradient_kernel(
         down = 1
         right = 1
         if HOW == UP:
-            first_i = (y * height + in_h - 1) // in_h
-            first_j = (x * width + in_w - 1) // in_w
-            down = (height + in_h - 1) // in_h
-            right = (width + in_w - 1) // in_w
+            first_i = (y * height + in_h - 1) // in_h - MARGIN
+            first_j = (x * width + in_w - 1) // in_w - MARGIN
+            down = (height + in_h - 1) // in_h + 2 * MARGIN
+            right = (width + in_w - 1) // in_w + 2 * MARGIN
         for k in range(down * right):
             i = first_i + k // right
             j = first_j + k % right
-            reads = (i < height) & (j < width)
+            reads = (i >= 0) & (j >= 0) & (i < height) & (j < width)
             if HOW == UP:
-                reads = reads & (i * in_h // height == y) & (j * in_w // width == x)
+                reads = reads & (nearest(i, in_h, height) == y) & (nearest(j, in_w, width) == x)
             at = ((image * height + i) * width + j).to(tl.int64)[:, None] * channels + channel[None, :]
             total += tl.load(grad_ptr + at, mask=mask & reads[:, None], other=0.0).to(tl.float32)
     total = total * fusion_factor(weight_ptr, index, count, epsilon, COUNT)
@@ -289,6 +297,7 @@ def fuse_backward(
             *grad.shape[2:],
             channels,
             HOW=fusion.resample[i],
+            MARGIN=int(any(large != 2 * small for large, small in zip(grad.shape[2:], x.shape[2:]))),
             COUNT=count,
             **constants,
         )

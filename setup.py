@@ -210,10 +210,18 @@ def write_info(package: Path, info: dict) -> None:
     (package / "_build_info.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
+def source_hash(folder: Path) -> str:
+    """As ``ffkernels.native.source_hash``, which cannot be imported before PyTorch is there."""
+    digest = hashlib.sha256()
+    for path in [folder / "ff_api.h", *sorted((folder / "cpu").glob("engine*.[ch]*"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def base_info() -> dict:
     return {
         "git_revision": git_revision(),
-        "abi": hashlib.sha256((ROOT / "csrc" / "ff_api.h").read_bytes()).hexdigest(),
+        "abi": source_hash(ROOT / "csrc"),
         "platform": platform.platform(),
         "python": platform.python_version(),
     }

@@ -37,15 +37,26 @@ def module() -> tuple[ModuleType | None, str | None]:
     built = build_info()
     if built["cpu"].get("reason"):
         return None, built["cpu"]["reason"]
-    # In a source checkout the header may have moved on since the last build.
-    header = FOLDER.parent / "csrc" / "ff_api.h"
-    if header.exists() and hashlib.sha256(header.read_bytes()).hexdigest() != built.get("abi"):
+    # In a source checkout they may have moved on since the last build.
+    sources = FOLDER.parent / "csrc"
+    if (sources / "ff_api.h").exists() and source_hash(sources) != built.get("abi"):
         return None, "built from other sources: run pip install -e . again"
     try:
         from . import _native
     except ImportError as error:
         return None, f"ffkernels._native does not load: {error}"
     return _native, None
+
+
+def source_hash(folder: Path) -> str:
+    """Of what Python relies on in ``csrc``: the functions, and how the CPU engine lays out weights and scratch memory.
+
+    ``setup.py`` computes the same.
+    """
+    digest = hashlib.sha256()
+    for path in [folder / "ff_api.h", *sorted((folder / "cpu").glob("engine*.[ch]*"))]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def check(code: int, op: str, *tensors: torch.Tensor) -> None:

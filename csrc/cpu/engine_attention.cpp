@@ -169,7 +169,7 @@ void maps(const Context &ctx, int64_t y, int64_t n) {
         most.store(at + (1 - b.p0) * plane);
       };
 #if defined(__AVX512F__)
-      if (size == L / 2 || size % L == 0) {
+      if ((size == L / 2 && groups % 2 == 0) || size % L == 0) {
         reduce_lanes(pixels, cs, groups, size, gate, store);
         continue;
       }

@@ -473,7 +473,7 @@ void gate_row(const bf16 *in, const bf16 *residual, int64_t columns, int64_t cs,
     if (groups == 1 || size % L == 0) {
       gate_channels<Mode>(in, residual, columns, cs, channel_gate, [&](int64_t x) { return V(line[x]); }, out);
 #if defined(__AVX512F__)
-    } else if (size == 8) {
+    } else if (size == 8 && groups % 2 == 0) {
       const auto halves = [&](int64_t x) -> V {
         return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(line[x]), _mm512_set1_ps(line[plane + x]));
       };
@@ -578,7 +578,11 @@ void to_bf16(const Context &ctx, int64_t y, int64_t n) {
     bf16 *out = pixels(ctx.o, y + r);
     std::fill(out, out + ctx.o.w * ctx.o.cs, bf16(0));
     for (int64_t x = 0; x < ctx.o.w; ++x)
-      for (int64_t c = 0; c < ctx.a.cs; c += L) narrow(V::load(in + x * ctx.a.cs + c), out + x * ctx.o.cs + c);
+      for (int64_t c = 0; c < ctx.a.c; c += L) {
+        // Behind the channels of a concatenation nothing was written.
+        const int count = static_cast<int>(std::min<int64_t>(L, ctx.a.c - c));
+        narrow(V::load_first(in + x * ctx.a.cs + c, count), out + x * ctx.o.cs + c);
+      }
     pool_row_bf16(ctx, y + r);
     clear_border_bf16(ctx.o, y + r);
   }

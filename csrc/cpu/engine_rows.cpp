@@ -487,7 +487,7 @@ void separable(const Context &ctx, int64_t y, int64_t n) {
 void conv(const Context &ctx, int64_t y, int64_t n) {
   const Block &b = *ctx.block;
   const int64_t s = b.stride, k = b.kernel, cs = ctx.a.cs;
-  float *buffer = ctx.own(), *spatial = buffer + kMaxRows * kTile * kTileStride, *out[kMaxRows];
+  float *buffer = ctx.own(), *spatial = buffer + kMaxRows * b.tile * kTileStride, *out[kMaxRows];
   const bool gated = b.gate >= 0;
   if (gated) spatial_rows(ctx, y, n, spatial);
   output_rows(ctx, y, n, out);

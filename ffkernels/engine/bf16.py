@@ -20,6 +20,8 @@ TILES, DOTS = 1, 2
 """How bfloat16 is multiplied, as ``ff_cpu_engine_bf16`` says; tiles where it says 0, too."""
 QUADS, TWINS, DOUBLED = 1, 2, 3
 """``Grouping`` of csrc/cpu/engine_bf16.h."""
+MAX_STEPS = 72
+"""``kMaxSteps`` of csrc/cpu/engine_bf16.h."""
 BF16_KINDS = ("separable", "conv", "fuse", "apply", "mix")
 
 
@@ -78,10 +80,12 @@ class Bf16Builder(Builder):
         part.fields |= {"p1": first, "p2": last_panel(part.channels), "p5": int(not whole.cs)}
 
     def _stored_map(self, x: Value) -> Value:
+        self._check_map(x)
         return self._whole(self._low(self.materialised(x)))
 
     def _float(self, x: Value) -> Value:
         """x as a float32 map."""
+        self._check_map(x)
         x = self._whole(self.materialised(x))
         if not x.node.cs:
             return x
@@ -131,6 +135,16 @@ class Bf16Builder(Builder):
         self, x: Value, conv: Conv, bn: Norm = None, activation: str = "none", negative_slope: float = 0.1
     ) -> Value:
         return super().conv(self._low(x), conv, bn, activation, negative_slope)
+
+    def _check_channels(self, *nodes: Node) -> None:
+        super()._check_channels(*nodes)
+        for node in nodes:
+            if node.kind == "conv":
+                sources = node.inputs if node.gate is None else node.inputs[:1]
+                steps = sum(node.kernel * -(-node.kernel * source.cs // DEPTH) for source in sources)
+                if steps > MAX_STEPS:
+                    channels = sum(source.channels for source in sources)
+                    raise ValueError(f"an engine of bfloat16 joins fewer than the {channels} channels of {node.name}")
 
     def _depthwise(self, node: Node, taps: np.ndarray, bias: np.ndarray) -> None:
         cs = node.inputs[0].cs

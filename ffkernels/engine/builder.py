@@ -51,6 +51,8 @@ class Builder:
         for node in self.nodes:
             if node.pool and node.kind not in ("separable", "conv", "deform", "apply", "reuse", "blend", "to_bf16"):
                 raise ValueError(f"an engine cannot pool the output of {node.name} ({node.kind})")
+            if any(source.into not in (None, node) for source in node.inputs):
+                raise ValueError(f"an engine concatenates what nothing else reads; {node.name} does")
 
     def packed(self) -> set[Node]:
         """Stem nodes whose reader, a depthwise convolution, puts two pixels in one vector."""
@@ -131,13 +133,12 @@ class Builder:
             ):
                 raise ValueError("an engine's first convolution is 3x3 of stride 2 from 3 to a multiple of 8 channels")
             return self._stem(x, conv, folded, activation, negative_slope)
-        if x.node.planar:
-            raise ValueError("an engine runs no convolution on the output of ssh_grouped except a head's trunk")
         k = size[0]
-        if x.gate is not None and k != 1:
+        self._check_map(x)
+        if (k, folded.stride) != (1, 1):
             x = self.materialised(x)
         node = Node("conv", self._name(conv, "conv"), [x.node], folded.out_channels, folded.stride, k)
-        node.groups = folded.groups
+        node.groups = folded.groups if x.order is None else 1
         node.fields = activation_fields(activation, negative_slope) | {"p3": folded.stride * k}
         self._attend(node, x)
         if node.gate is not None:
@@ -305,7 +306,21 @@ class Builder:
 
     def _stored_map(self, x: Value) -> Value:
         """x as the blocks read it that take neither a pending gate nor another form of the map."""
+        self._check_map(x)
         return self.materialised(x)
+
+    def _check_map(self, x: Value, planar: bool = False) -> None:
+        """Refuses the image and, unless ``planar`` allows them, planar rows."""
+        if x.node.kind == "image":
+            raise ValueError("an engine's first block is a 3x3 convolution of stride 2 of the image")
+        if x.node.planar and not planar:
+            raise ValueError(
+                "an engine gives the output of ssh_grouped to heads, gate_mix, progressive and channel_shuffle only"
+            )
+
+    def _in_order(self, what: str, *values: Value) -> None:
+        if any(x.order is not None for x in values):
+            raise ValueError(f"an engine {what} no shuffled maps")
 
     def bifpn_node(
         self,
@@ -321,8 +336,7 @@ class Builder:
     ) -> Value:
         """:func:`ffkernels.bifpn_node`."""
         inputs = [self._stored_map(x) for x in inputs]
-        if any(x.order is not None for x in inputs):
-            raise ValueError("an engine fuses no shuffled maps")
+        self._in_order("fuses", *inputs)
         weight = fusion_weight.detach().double().cpu().clamp(min=0)
         weight = (weight / (weight.sum() + epsilon)).numpy()[: len(inputs)]
         node = Node("fuse", f"{self._name(depthwise, 'bifpn')} fusion", [x.node for x in inputs], inputs[0].channels)
@@ -332,7 +346,7 @@ class Builder:
         fused = self._add(node)
         if pointwise is None:
             return self.conv(fused, depthwise, bn)
-        order = shuffle_order(inputs[0].channels, shuffle_groups)
+        order = shuffle_order(pointwise.weight.shape[0], shuffle_groups)
         params = ConvParams.of(pointwise) if isinstance(pointwise, nn.Conv2d) else pointwise
         folded = Folded(params, None)
         scale, shift = affine(bn)
@@ -354,6 +368,7 @@ class Builder:
 
     def channel_shuffle(self, x: Value, groups: int) -> Value:
         """:func:`ffkernels.channel_shuffle`: nothing moves, the next block reads in another order."""
+        self._check_map(x, planar=True)
         x = self.materialised(x)
         order = shuffle_order(x.channels, groups)
         before = range(x.channels) if x.order is None else x.order
@@ -365,6 +380,7 @@ class Builder:
         """:func:`ffkernels.ssh_grouped` on planar rows. Returns the context and x as planar rows."""
         if x.order is not None:
             raise ValueError("an engine takes no context of a shuffled map")
+        self._check_map(x)
         if x.residual not in (None, x.node):
             x = self.materialised(x)
         load = Node("load_planar", f"{self._name(convs[0], 'ssh')} input", [x.node], x.channels, planar=True)
@@ -435,6 +451,7 @@ class Builder:
         source = like.node
         if like.gate is not None:
             raise ValueError("gate_mix needs a map with no attention pending")
+        self._in_order("gates", x, context)
         source.pool = True
         gate = Node("gate", f"{source.name} dynamic gate", [source], 1)
         gate.fields = {"mode": 1, "w0": self.weights.add(weight), "w1": self.weights.add(bias.reshape(1))}
@@ -443,7 +460,7 @@ class Builder:
         node = Node("mix", f"{context.node.name} gate", [context.node, x.node], x.channels, planar=True, scalar=gate)
         node.fields = {"p0": 0, "w0": self.weights.add(np.arange(x.channels, dtype=np.int32))}
         node.macs = 2 * x.channels
-        return replace(self._add(node), order=context.order)
+        return self._add(node)
 
     def progressive(self, x: Value, groups: int = 4, steps: int = 3) -> Value:
         """``steps`` times x + 0.1 tanh(x), channel shuffle, times 1 + 0.1 i: element by element, then one shuffle."""
@@ -459,6 +476,9 @@ class Builder:
 
     def add_chunk_mean(self, x: Value, raw: Value, scale: float) -> Value:
         """x + scale * mean over chunks of consecutive channels of raw."""
+        for value in (x, raw):
+            self._check_map(value)
+        self._in_order("adds to", x, raw)
         x, raw = self.materialised(x), self.materialised(raw)
         node = Node("reuse", f"{x.node.name} reuse", [x.node, raw.node], x.channels, macs=raw.channels)
         node.fields = {"w0": self.weights.add(np.array([scale]))}
@@ -466,8 +486,11 @@ class Builder:
 
     def add_resized(self, x: Value, others: Sequence[tuple[Value, float]]) -> Value:
         """x + sum of scale * other, resized bilinearly (align_corners=False); one or two others."""
-        x = self.materialised(x)
-        values = [self.materialised(other) for other, _ in others]
+        values = [x, *[other for other, _ in others]]
+        for value in values:
+            self._check_map(value)
+        self._in_order("adds to", *values)
+        x, *values = [self.materialised(value) for value in values]
         node = Node("blend", f"{x.node.name} blend", [x.node, *[v.node for v in values]], x.channels)
         node.fields = {"w0": self.weights.add(np.array([scale for _, scale in others]))}
         node.macs = 5 * x.channels * len(others)
@@ -488,6 +511,7 @@ class Builder:
         Args:
             fields: map with the 18 offsets from channel ``first`` on, then the 9 modulators before 2 * sigmoid.
         """
+        self._check_map(x)
         x = self.materialised(x)
         folded = Folded(conv, bn)
         if folded.kernel != (3, 3) or folded.stride != 1 or folded.padding != 1 or x.order is not None:
@@ -514,6 +538,7 @@ class Builder:
 
     def concat(self, values: Sequence[Value], activation: str = "none") -> Value:
         """Channels of several convolutions side by side, then an activation: each stores into its part."""
+        self._in_order("concatenates", *values)
         total = sum(v.channels for v in values)
         whole = Node("concat", f"{values[0].node.name} concatenation", [v.node for v in values], total)
         first = 0
@@ -534,6 +559,7 @@ class Builder:
     def multi_head(self, features: Sequence[Value], heads: Sequence[HeadParams | Any]) -> None:
         """:func:`ffkernels.multi_head`: the outputs of the network."""
         for x, head in zip(features, heads):
+            self._check_map(x, planar=True)
             x = self.materialised(x)
             if head.trunk is not None:
                 if not x.node.planar:
@@ -556,6 +582,7 @@ class Builder:
             node = Node("head", self._name(head.cls, "head"), [x.node], 16 * anchors, planar=x.node.planar)
             node.fields = {"p0": anchors, "mode": int(x.node.planar)} | self._predictors(node, weight, bias)
             node.macs = weight.size
+            self._check_channels(*node.inputs)
             self.nodes.append(node)
             self.heads.append(node)
 

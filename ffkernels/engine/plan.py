@@ -317,8 +317,6 @@ def _rows(node: Node, maps: dict[Node, _Map], lanes: int) -> int:
     """Rows that a block makes at a time."""
     if node.kind in ("stem", "load_planar", "apply"):
         return MAX_ROWS
-    if node.kind == "apply" and node.low:
-        return MAX_ROWS
     if node.kind in ("separable", "conv") and node.inputs:
         if node.low:
             return MAX_ROWS if max(n.cs for n in node.inputs) <= 128 else MAX_ROWS // 2

@@ -32,9 +32,10 @@ SUFFIXES = frozenset(
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error),
+    Image.DecompressionBombError,
     AssertionError,
 )
-"""What Pillow raises for damaged files, and, the last of them, for closed ones."""
+"""What Pillow raises for damaged files, for larger ones than it opens, and for closed ones."""
 
 
 class Source(NamedTuple):
@@ -106,9 +107,7 @@ def from_array(array: np.ndarray) -> np.ndarray:
         raise ImageError(f"an array of shape {array.shape} is not an image: expected (height, width, 3){hint}")
     if 0 in array.shape:
         raise ImageError(f"an array of shape {array.shape} has no pixels")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    if array.dtype == np.uint16:
+    if array.dtype.newbyteorder("=") == np.uint16:
         array = _to_8_bit(array, sixteen=True)
     elif array.dtype != np.uint8:
         if array.dtype == np.bool_ or not (

@@ -19,7 +19,7 @@ from featherface.errors import DataError, ImageError
 from featherface.files import atomic_write
 from featherface.images import UNREADABLE, from_pil
 
-_UNREADABLE = (*UNREADABLE, ImageError, Image.DecompressionBombError)
+_UNREADABLE = (*UNREADABLE, ImageError)
 _FORMAT = 2
 
 Progress = Callable[[int, int], None]

@@ -50,7 +50,7 @@ class FaceDataset:
         try:
             with Image.open(path) as image:
                 return from_pil(image, upright=False)
-        except (*UNREADABLE, ImageError, Image.DecompressionBombError) as error:
+        except (*UNREADABLE, ImageError) as error:
             raise DataError(f"cannot decode the image {path}: {error}") from error
 
     def limited(self, count: int | None) -> FaceDataset:

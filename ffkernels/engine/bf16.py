@@ -80,13 +80,11 @@ class Bf16Builder(Builder):
         part.fields |= {"p1": first, "p2": last_panel(part.channels), "p5": int(not whole.cs)}
 
     def _stored_map(self, x: Value) -> Value:
-        self._check_map(x)
-        return self._whole(self._low(self.materialised(x)))
+        return self._whole(self._low(self._plain(x)))
 
     def _float(self, x: Value) -> Value:
         """x as a float32 map."""
-        self._check_map(x)
-        x = self._whole(self.materialised(x))
+        x = self._whole(self._plain(x))
         if not x.node.cs:
             return x
         node = Node("to_float", f"{x.node.name} to float32", [x.node], x.channels)

@@ -306,7 +306,11 @@ class Builder:
 
     def _stored_map(self, x: Value) -> Value:
         """x as the blocks read it that take neither a pending gate nor another form of the map."""
-        self._check_map(x)
+        return self._plain(x)
+
+    def _plain(self, x: Value, planar: bool = False) -> Value:
+        """x with no gate pending, refused as :meth:`_check_map` says."""
+        self._check_map(x, planar)
         return self.materialised(x)
 
     def _check_map(self, x: Value, planar: bool = False) -> None:
@@ -368,8 +372,7 @@ class Builder:
 
     def channel_shuffle(self, x: Value, groups: int) -> Value:
         """:func:`ffkernels.channel_shuffle`: nothing moves, the next block reads in another order."""
-        self._check_map(x, planar=True)
-        x = self.materialised(x)
+        x = self._plain(x, planar=True)
         order = shuffle_order(x.channels, groups)
         before = range(x.channels) if x.order is None else x.order
         return replace(x, order=tuple(before[i] for i in order))
@@ -476,21 +479,16 @@ class Builder:
 
     def add_chunk_mean(self, x: Value, raw: Value, scale: float) -> Value:
         """x + scale * mean over chunks of consecutive channels of raw."""
-        for value in (x, raw):
-            self._check_map(value)
+        x, raw = self._plain(x), self._plain(raw)
         self._in_order("adds to", x, raw)
-        x, raw = self.materialised(x), self.materialised(raw)
         node = Node("reuse", f"{x.node.name} reuse", [x.node, raw.node], x.channels, macs=raw.channels)
         node.fields = {"w0": self.weights.add(np.array([scale]))}
         return self._add(node)
 
     def add_resized(self, x: Value, others: Sequence[tuple[Value, float]]) -> Value:
         """x + sum of scale * other, resized bilinearly (align_corners=False); one or two others."""
-        values = [x, *[other for other, _ in others]]
-        for value in values:
-            self._check_map(value)
-        self._in_order("adds to", *values)
-        x, *values = [self.materialised(value) for value in values]
+        x, values = self._plain(x), [self._plain(other) for other, _ in others]
+        self._in_order("adds to", x, *values)
         node = Node("blend", f"{x.node.name} blend", [x.node, *[v.node for v in values]], x.channels)
         node.fields = {"w0": self.weights.add(np.array([scale for _, scale in others]))}
         node.macs = 5 * x.channels * len(others)
@@ -511,8 +509,7 @@ class Builder:
         Args:
             fields: map with the 18 offsets from channel ``first`` on, then the 9 modulators before 2 * sigmoid.
         """
-        self._check_map(x)
-        x = self.materialised(x)
+        x = self._plain(x)
         folded = Folded(conv, bn)
         if folded.kernel != (3, 3) or folded.stride != 1 or folded.padding != 1 or x.order is not None:
             raise ValueError("an engine's deformable convolutions are 3x3 of stride 1 and padding 1")
@@ -559,8 +556,7 @@ class Builder:
     def multi_head(self, features: Sequence[Value], heads: Sequence[HeadParams | Any]) -> None:
         """:func:`ffkernels.multi_head`: the outputs of the network."""
         for x, head in zip(features, heads):
-            self._check_map(x, planar=True)
-            x = self.materialised(x)
+            x = self._plain(x, planar=True)
             if head.trunk is not None:
                 if not x.node.planar:
                     x = self.conv(x, head.trunk, head.trunk_bn, "relu")

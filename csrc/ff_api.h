@@ -144,14 +144,14 @@ FF_EXPORT int ff_cpu_conv_backward(const void *grad, int64_t grad_pixel, const v
 
 // Batch normalisation around convolutions on a device, as above, with stats in float32 whatever the dtype. backward:
 // the gradient of z from that of the output; sums NULL where the statistics were given.
-// coefficients: of layers (count, 6) and eps (count,), both in host memory; a layer is the addresses of mean, variance,
-// weight and bias (0: none), its channels, and the address of its stats (4, channels).
-FF_EXPORT int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, int dtype,
-                                              void *stream);
+// coefficients: of layers (count, 7) and eps (count,), both in host memory; a layer is the addresses of mean, variance,
+// weight and bias (0: none), its channels, the dtype of these four, and the address of its stats (4, channels).
+// affine_dtype: of weight and bias, which may be float32 where z is not.
+FF_EXPORT int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, void *stream);
 FF_EXPORT int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels);
 FF_EXPORT int ff_cuda_batch_norm_statistics(const void *z, const void *weight, const void *bias, double eps,
                                             void *stats, int64_t pixels, int64_t channels, void *workspace, int dtype,
-                                            void *stream);
+                                            int affine_dtype, void *stream);
 FF_EXPORT int ff_cuda_batch_norm_apply(const void *z, const void *stats, int activation, double slope, void *y,
                                        int64_t pixels, int64_t channels, int dtype, void *stream);
 FF_EXPORT int ff_cuda_batch_norm_reduce(const void *grad, const void *z, const void *stats, int activation,
@@ -392,8 +392,9 @@ FF_EXPORT int ff_cuda_seam_split(const void *grad, const void *z0, int64_t chann
                                  int64_t channels2, const void *stats2, int activation, int64_t pixels, int64_t groups,
                                  void *g0, void *g1, void *g2, int dtype, void *stream);
 
-// The SSH block of evaluation mode in one kernel, NHWC: y of layers (5, 8) and eps (5,), both in host memory. A layer
-// is the addresses of weight, bias, bn_weight, bn_bias, mean and variance (0: none), output channels, groups.
+// The SSH block of evaluation mode in one kernel, NHWC: y of layers (5, 9) and eps (5,), both in host memory. A layer
+// is the addresses of weight, bias, bn_weight, bn_bias, mean and variance (0: none), the dtype of the last four, output
+// channels, groups.
 // FF_OUT_OF_MEMORY where a tile needs more shared memory than a block has.
 FF_EXPORT int ff_cuda_ssh_grouped_eval(const void *x, const int64_t *layers, const double *eps, void *y, int64_t batch,
                                        int64_t channels, int64_t height, int64_t width, int64_t shuffle_groups,

@@ -708,9 +708,7 @@ def ff_cuda_crop_resize(
     fill2: int,
     stream: int,
 ) -> int: ...
-def ff_cuda_batch_norm_coefficients(
-    mean: int, var: int, weight: int, bias: int, eps: float, channels: int, stats: int, dtype: int, stream: int
-) -> int: ...
+def ff_cuda_batch_norm_coefficients(layers: int, eps: int, count: int, stream: int) -> int: ...
 def ff_cuda_batch_norm_workspace(pixels: int, channels: int) -> int: ...
 def ff_cuda_batch_norm_statistics(
     z: int,
@@ -722,6 +720,7 @@ def ff_cuda_batch_norm_statistics(
     channels: int,
     workspace: int,
     dtype: int,
+    affine_dtype: int,
     stream: int,
 ) -> int: ...
 def ff_cuda_batch_norm_apply(
@@ -1132,6 +1131,28 @@ def ff_cuda_multi_head_gather(
     z: int,
     first_row: int,
     rows: int,
+    dtype: int,
+    stream: int,
+) -> int: ...
+def ff_cuda_depthwise_separable_eval(
+    x: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    depthwise_stats: int,
+    depthwise_activation: int,
+    depthwise_slope: float,
+    weight: int,
+    bias: int,
+    y: int,
+    y_stats: int,
+    y_activation: int,
+    y_slope: float,
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    out_channels: int,
+    stride: int,
     dtype: int,
     stream: int,
 ) -> int: ...

@@ -63,21 +63,22 @@ Use = tuple[BatchNorm, Tensor, Tensor, int]
 def normalisation_tensors(bn: BatchNorm | None, dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """Weight, bias, running mean and running variance for kernels of ``dtype``; in training they read no statistics.
 
-    A dtype narrower than that of the statistics may not hold them: a variance of 83,378 is infinite in float16. There
-    the affine takes them in: weight / sqrt(var + eps), bias - mean * that, and statistics of 0 and 1 - eps, to which
-    kernels add eps.
+    All are of that dtype. Only where it is float16 or bfloat16 and one of them is not, as under autocast, all are
+    float32, as for ``torch.nn.functional.batch_norm``: a variance of 83,378 is infinite in float16.
     """
     if bn is None:
         return (None,) * 4
-    if bn.training:
-        return bn.weight, bn.bias, None, None
-    mean, var = bn.running_mean, bn.running_var
-    if torch.promote_types(dtype, var.dtype) == dtype:
-        return bn.weight, bn.bias, mean, var
-    scale = torch.rsqrt(var + bn.eps)
-    scale = scale if bn.weight is None else scale * bn.weight
-    shift = -mean * scale if bn.bias is None else bn.bias - mean * scale
-    return scale, shift, torch.zeros_like(mean), torch.full_like(var, 1 - bn.eps)
+    tensors = [bn.weight, bn.bias, *((None, None) if bn.training else (bn.running_mean, bn.running_var))]
+    if dtype.itemsize < 4 and any(t is not None and t.dtype is not dtype for t in tensors):
+        dtype = torch.float32
+    return tuple(as_dense(t, dtype) for t in tensors)
+
+
+def as_dense(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor as kernels read parameters: contiguous and of ``dtype``."""
+    if tensor is None or (tensor.dtype is dtype and tensor.is_contiguous()):
+        return tensor
+    return tensor.to(dtype).contiguous()
 
 
 def update_running_statistics(uses: Sequence[Use]) -> None:

@@ -94,30 +94,26 @@ def test_statistics_that_are_named_twice_are_updated_one_after_the_other():
     assert sum(map(len, groups)) == len(uses) and len(groups[0]) == 2
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.1])
 @pytest.mark.parametrize("affine", [True, False])
-def test_a_narrower_dtype_gets_the_statistics_as_part_of_the_affine(affine, eps):
-    torch.manual_seed(0)
-    module = nn.BatchNorm2d(3, affine=affine, eps=eps)
-    module.running_mean.copy_(torch.tensor([-0.01, 0.5, 900.0]))
-    module.running_var.copy_(torch.tensor([1e-5, 2.0, 83378.0]))
-    if affine:
-        nn.init.uniform_(module.weight)
-        nn.init.uniform_(module.bias)
-    module.eval()
-    x = torch.randn(2, 3, 4, 4) * module.running_var.view(1, -1, 1, 1).sqrt() + module.running_mean.view(1, -1, 1, 1)
-    for dtype, same in ((torch.float32, True), (torch.float64, True), (torch.bfloat16, False), (torch.float16, False)):
-        bn = BatchNorm.of(module)
-        weight, bias, mean, var = normalisation_tensors(bn, dtype)
-        assert (var is bn.running_var) == same == (mean is bn.running_mean)
-        y = F.batch_norm(x, mean, var, weight, bias, eps=bn.eps)
-        torch.testing.assert_close(y, module(x), rtol=2e-6, atol=2e-6)
-    if affine:
-        weight.sum().backward()
-        assert module.weight.grad is not None
-
-
-def test_training_reads_no_statistics():
-    bn = BatchNorm.of(nn.BatchNorm2d(3))
-    assert normalisation_tensors(bn, torch.float16) == (bn.weight, bn.bias, None, None)
+@pytest.mark.parametrize("training", [True, False])
+def test_half_precision_leaves_a_float32_normalisation_as_it_is(training, affine):
+    module = nn.BatchNorm2d(3, affine=affine).train(training)
+    bn = BatchNorm.of(module)
+    own = (bn.weight, bn.bias, *((None, None) if training else (bn.running_mean, bn.running_var)))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert all(found is tensor for found, tensor in zip(normalisation_tensors(bn, dtype), own))
+    for dtype, stored in ((torch.float64, torch.float32), (torch.float32, torch.float64)):
+        found = normalisation_tensors(BatchNorm.of(module.to(stored)), dtype)
+        assert all(t is None or t.dtype is dtype for t in found)
     assert normalisation_tensors(None, torch.float16) == (None,) * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_normalisation_stays_half_unless_one_tensor_is_not(dtype):
+    bn = BatchNorm.of(nn.BatchNorm2d(3).eval().to(dtype))
+    assert all(found is tensor for found, tensor in zip(normalisation_tensors(bn, dtype), bn[:4]))
+    mixed = bn._replace(running_var=torch.tensor([1.0, 2.0, 83378.0]))
+    found = normalisation_tensors(mixed, dtype)
+    assert all(t.dtype is torch.float32 for t in found) and found[3] is mixed.running_var
+    found[0].sum().backward()
+    assert bn.weight.grad.dtype is dtype

@@ -1,5 +1,6 @@
 """What setup.py does where parts of a toolchain are missing, and what the packages contain."""
 
+import ast
 import json
 import os
 import re
@@ -113,3 +114,16 @@ def test_wheel_holds_the_libraries(source):
     assert "ffkernels/lib/libffcpu_generic.so" in names
     assert "ffkernels/_build_info.json" in names
     assert [n for n in names if n.startswith("ffkernels/_native.")]
+
+
+def test_the_stub_of_the_native_module_is_that_of_the_header():
+    header = re.sub(r"//[^\n]*", "", (ROOT / "csrc/ff_api.h").read_text(encoding="utf-8"))
+    declared = {}
+    for name, arguments in re.findall(r"FF_EXPORT[\s\w*]*?\b(ff_\w+)\(([^)]*)\)", header):
+        names = [re.split(r"[\s*]+", argument.strip())[-1] for argument in arguments.split(",")]
+        # `from` is no name in Python.
+        declared[name] = ["source" if n == "from" else n for n in names if n != "void"]
+    stub = ast.parse((ROOT / "ffkernels/_native.pyi").read_text(encoding="utf-8")).body
+    functions = {f.name: [a.arg for a in f.args.args] for f in stub if isinstance(f, ast.FunctionDef)}
+    assert len(declared) > 80
+    assert declared == {name: arguments for name, arguments in functions.items() if name.startswith("ff_")}

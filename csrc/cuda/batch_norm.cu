@@ -37,23 +37,23 @@ __device__ __forceinline__ void write_coefficients(float *stats, int channels, i
 }
 
 // Batch normalisations whose coefficients one launch computes.
-constexpr int kMostLayers = 32, kFields = 6;
+constexpr int kMostLayers = 32, kFields = 7;
 struct Layers {
   const void *mean[kMostLayers], *variance[kMostLayers], *weight[kMostLayers], *bias[kMostLayers];
   float *stats[kMostLayers];
   float eps[kMostLayers];
-  int channels[kMostLayers];
+  int channels[kMostLayers], dtype[kMostLayers];
 };
 
 // grid: (blocks of channels, layers).
-template <class T>
 __global__ void coefficients_kernel(Layers layers) {
   const int layer = blockIdx.y, channels = layers.channels[layer], c = blockIdx.x * kThreads + threadIdx.x;
   if (c >= channels) return;
-  const auto value = [&](const void *tensor) { return ff::to_float(static_cast<const T *>(tensor)[c]); };
-  const void *weight = layers.weight[layer], *bias = layers.bias[layer];
-  write_coefficients(layers.stats[layer], channels, c, value(layers.mean[layer]), value(layers.variance[layer]),
-                     weight == nullptr ? 1.0f : value(weight), bias == nullptr ? 0.0f : value(bias), layers.eps[layer]);
+  const auto value = [&](const void *const(&tensors)[kMostLayers], float absent) {
+    return ff::Numbers{tensors[layer], layers.dtype[layer]}.at(c, absent);
+  };
+  write_coefficients(layers.stats[layer], channels, c, value(layers.mean, 0), value(layers.variance, 0),
+                     value(layers.weight, 1), value(layers.bias, 0), layers.eps[layer]);
 }
 
 // Count, mean and sum of squared deviations of values; combined as in Chan, Golub and LeVeque (1983).
@@ -100,10 +100,9 @@ __global__ void __launch_bounds__(kLanes *kRows)
 }
 
 // Every row of a block adds every kRows-th slice.
-template <class T>
 __global__ void __launch_bounds__(kLanes *kRows)
-    statistics_kernel(const Moments *__restrict__ partial, int slices, int channels, const T *__restrict__ weight,
-                      const T *__restrict__ bias, float eps, float *__restrict__ stats) {
+    statistics_kernel(const Moments *__restrict__ partial, int slices, int channels, ff::Numbers weight,
+                      ff::Numbers bias, float eps, float *__restrict__ stats) {
   __shared__ Moments rows[kRows][kLanes];
   const int c = blockIdx.x * kLanes + threadIdx.x;
   Moments all{0, 0, 0};
@@ -114,8 +113,7 @@ __global__ void __launch_bounds__(kLanes *kRows)
   if (threadIdx.y != 0 || c >= channels) return;
   for (int row = 1; row < kRows; ++row) all.add(rows[row][threadIdx.x]);
   write_coefficients(stats, channels, c, static_cast<float>(all.mean), static_cast<float>(all.squares / all.count),
-                     weight == nullptr ? 1.0f : ff::to_float(weight[c]), bias == nullptr ? 0.0f : ff::to_float(bias[c]),
-                     eps);
+                     weight.at(c, 1), bias.at(c, 0), eps);
 }
 
 // Calls function(pack, first channel, whether that is another one than before) for a thread's packs of V channels.
@@ -238,8 +236,7 @@ bool too_many(int64_t channels) { return channels > int64_t(65535) * kLanes; }
 
 }  // namespace
 
-extern "C" int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, int dtype,
-                                               void *stream) {
+extern "C" int ff_cuda_batch_norm_coefficients(const int64_t *layers, const double *eps, int64_t count, void *stream) {
   for (int64_t first = 0; first < count; first += kMostLayers) {
     Layers some{};
     const int number = static_cast<int>(count - first < kMostLayers ? count - first : kMostLayers);
@@ -248,21 +245,20 @@ extern "C" int ff_cuda_batch_norm_coefficients(const int64_t *layers, const doub
       const int64_t *f = layers + (first + i) * kFields;
       const auto tensor = [f](int field) { return reinterpret_cast<const void *>(f[field]); };
       if (f[4] < 1 || too_many(f[4])) return FF_BAD_ARGUMENT;
+      if (!ff::known(static_cast<int>(f[5]))) return FF_UNSUPPORTED_DTYPE;
       some.mean[i] = tensor(0);
       some.variance[i] = tensor(1);
       some.weight[i] = tensor(2);
       some.bias[i] = tensor(3);
       some.channels[i] = static_cast<int>(f[4]);
+      some.dtype[i] = static_cast<int>(f[5]);
       some.eps[i] = static_cast<float>(eps[first + i]);
-      some.stats[i] = reinterpret_cast<float *>(f[5]);
+      some.stats[i] = reinterpret_cast<float *>(f[6]);
       widest = f[4] > widest ? f[4] : widest;
     }
     const dim3 grid(ff::blocks_for(widest, kThreads, INT32_MAX), static_cast<unsigned>(number));
-    const int code = ff::dispatch(dtype, [&](auto zero) -> int {
-      coefficients_kernel<decltype(zero)><<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(some);
-      return cudaGetLastError();
-    });
-    if (code != FF_OK) return code;
+    coefficients_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(some);
+    if (const int code = cudaGetLastError(); code != FF_OK) return code;
   }
   return FF_OK;
 }
@@ -273,8 +269,9 @@ extern "C" int64_t ff_cuda_batch_norm_workspace(int64_t pixels, int64_t channels
 
 extern "C" int ff_cuda_batch_norm_statistics(const void *z, const void *weight, const void *bias, double eps,
                                              void *stats, int64_t pixels, int64_t channels, void *workspace, int dtype,
-                                             void *stream) {
+                                             int affine_dtype, void *stream) {
   if (too_many(channels)) return FF_BAD_ARGUMENT;
+  if (!ff::known(affine_dtype)) return FF_UNSUPPORTED_DTYPE;
   if (pixels == 0) return FF_OK;
   cudaStream_t s = static_cast<cudaStream_t>(stream);
   Moments *partial = static_cast<Moments *>(workspace);
@@ -283,9 +280,9 @@ extern "C" int ff_cuda_batch_norm_statistics(const void *z, const void *weight, 
     using T = decltype(zero);
     moments_kernel<T><<<reduction_grid(pixels, channels), dim3(kLanes, kRows), 0, s>>>(
         static_cast<const T *>(z), pixels, count, span_of(channels), partial);
-    statistics_kernel<T><<<ff::blocks_for(channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
-        partial, static_cast<int>(slices_for(pixels)), count, static_cast<const T *>(weight),
-        static_cast<const T *>(bias), static_cast<float>(eps), static_cast<float *>(stats));
+    statistics_kernel<<<ff::blocks_for(channels, kLanes, INT32_MAX), dim3(kLanes, kRows), 0, s>>>(
+        partial, static_cast<int>(slices_for(pixels)), count, ff::Numbers{weight, affine_dtype},
+        ff::Numbers{bias, affine_dtype}, static_cast<float>(eps), static_cast<float *>(stats));
     return cudaGetLastError();
   });
 }

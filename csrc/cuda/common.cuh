@@ -46,6 +46,25 @@ int dispatch(int dtype, F function) {
   return FF_UNSUPPORTED_DTYPE;
 }
 
+// The numbers of a tensor whose dtype, one that dispatch knows, is a value and not a type. No tensor: `absent`.
+struct Numbers {
+  const void *data;
+  int dtype;
+
+  __device__ __forceinline__ float at(int i, float absent = 0) const {
+    if (data == nullptr) return absent;
+    switch (dtype) {
+      case FF_FLOAT16:
+        return to_float(static_cast<const __half *>(data)[i]);
+      case FF_BFLOAT16:
+        return to_float(static_cast<const __nv_bfloat16 *>(data)[i]);
+    }
+    return static_cast<const float *>(data)[i];
+  }
+};
+
+inline bool known(int dtype) { return dtype == FF_FLOAT32 || dtype == FF_FLOAT16 || dtype == FF_BFLOAT16; }
+
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline unsigned blocks_for(int64_t items, int64_t per_block, int64_t most) {

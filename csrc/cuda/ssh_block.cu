@@ -18,7 +18,8 @@ constexpr int kHaloX = 3, kHaloShared = 2,
 // A convolution and its batch normalisation; no bias, weight or offset: null.
 template <class T>
 struct Layer {
-  const T *weight, *bias, *bn_weight, *bn_bias, *mean, *variance;
+  const T *weight, *bias;
+  ff::Numbers bn_weight, bn_bias, mean, variance;
   int in, out, groups;
   float eps;
 
@@ -99,10 +100,9 @@ __device__ void stage_layer(const Layer<T> &layer, float *weights) {
   float *finish = weights + layer.weights();
 #pragma unroll 1
   for (int o = threadIdx.x; o < layer.out; o += kThreads) {
-    const float scale = layer.bn_weight == nullptr ? 1.0f : ff::to_float(layer.bn_weight[o]);
-    finish[o] = (layer.bias == nullptr ? 0.0f : ff::to_float(layer.bias[o])) - ff::to_float(layer.mean[o]);
-    finish[layer.out + o] = scale / sqrtf(ff::to_float(layer.variance[o]) + layer.eps);
-    finish[2 * layer.out + o] = layer.bn_bias == nullptr ? 0.0f : ff::to_float(layer.bn_bias[o]);
+    finish[o] = (layer.bias == nullptr ? 0.0f : ff::to_float(layer.bias[o])) - layer.mean.at(o);
+    finish[layer.out + o] = layer.bn_weight.at(o, 1) / sqrtf(layer.variance.at(o) + layer.eps);
+    finish[2 * layer.out + o] = layer.bn_bias.at(o);
   }
 }
 
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads) ssh_kernel(Ssh<T> ssh, const T *__re
   }
 }
 
-constexpr int kFields = 8;  // of a layer in the host's array
+constexpr int kFields = 9;  // of a layer in the host's array
 
 template <class T>
 Ssh<T> make_ssh(const int64_t *layers, const double *eps, int64_t batch, int64_t channels, int64_t height,
@@ -226,9 +226,12 @@ Ssh<T> make_ssh(const int64_t *layers, const double *eps, int64_t batch, int64_t
   for (int i = 0; i < kLayers; ++i) {
     const int64_t *f = layers + i * kFields;
     const auto tensor = [f](int field) { return reinterpret_cast<const T *>(f[field]); };
+    const auto numbers = [f](int field) {
+      return ff::Numbers{reinterpret_cast<const void *>(f[field]), static_cast<int>(f[6])};
+    };
     const int in = i < 2 ? int(channels) : i < 4 ? ssh.layers[1].out : ssh.layers[3].out;
-    ssh.layers[i] = Layer<T>{tensor(0), tensor(1), tensor(2), tensor(3), tensor(4),
-                             tensor(5), in,        int(f[6]), int(f[7]), static_cast<float>(eps[i])};
+    ssh.layers[i] = Layer<T>{tensor(0),  tensor(1), numbers(2), numbers(3), numbers(4),
+                             numbers(5), in,        int(f[7]),  int(f[8]),  static_cast<float>(eps[i])};
   }
   ssh.batch = static_cast<int>(batch);
   ssh.height = static_cast<int>(height);
@@ -243,6 +246,8 @@ extern "C" int ff_cuda_ssh_grouped_eval(const void *x, const int64_t *layers, co
                                         int64_t channels, int64_t height, int64_t width, int64_t shuffle_groups,
                                         int dtype, void *stream) {
   if (batch * height * width == 0) return FF_OK;
+  for (int i = 0; i < kLayers; ++i)
+    if (!ff::known(static_cast<int>(layers[i * kFields + 6]))) return FF_UNSUPPORTED_DTYPE;
   return ff::dispatch(dtype, [&](auto zero) -> int {
     using T = decltype(zero);
     const auto ssh = make_ssh<T>(layers, eps, batch, channels, height, width, shuffle_groups);

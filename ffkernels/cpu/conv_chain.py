@@ -253,4 +253,5 @@ def link_gradients(
             bias = sums[0] if stats is None else sums[0] * stats[2]
     if stats is not None:
         weight, bn_bias = affine(sums, stats, link.eps, needs[1], needs[2])
-    return [g if g is None else g.to(link.weight.dtype) for g in (bias, weight, bn_bias)]
+    found = zip((bias, weight, bn_bias), (link.bias, link.bn_weight, link.bn_bias))
+    return [g if g is None else g.to(parameter.dtype) for g, parameter in found]

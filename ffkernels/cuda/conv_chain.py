@@ -111,6 +111,12 @@ def block_forward(source: Source, links: list[Link], stats: list[Tensor | None])
     return y
 
 
+def normalisation_dtype(link: Link) -> int:
+    """The code of the dtype that a link's normalisation tensors share."""
+    tensors = link.running_mean, link.bn_weight, link.bn_bias
+    return next((DTYPES[t.dtype] for t in tensors if t is not None), DTYPES[torch.float32])
+
+
 def batch_statistics(z: Tensor, link: Link) -> Tensor:
     native, _ = module()
     stats = torch.empty((4, z.shape[1]), dtype=torch.float32, device=z.device)
@@ -124,6 +130,7 @@ def batch_statistics(z: Tensor, link: Link) -> Tensor:
         *pixels(z),
         workspace.data_ptr(),
         DTYPES[z.dtype],
+        normalisation_dtype(link),
         stream(z),
     )
     check(code, "batch_norm statistics", z)
@@ -141,10 +148,10 @@ def given_statistics(links: Sequence[Link]) -> list[Tensor | None]:
     layers = array("q")
     for link, stats in zip(given, all_stats):
         tensors = link.running_mean, link.running_var, link.bn_weight, link.bn_bias
-        layers.extend([*(pointer(t) for t in tensors), stats.shape[1], pointer(stats)])
+        layers.extend([*(pointer(t) for t in tensors), stats.shape[1], normalisation_dtype(link), pointer(stats)])
     eps = array("d", [link.eps for link in given])
     code = native.ff_cuda_batch_norm_coefficients(
-        layers.buffer_info()[0], eps.buffer_info()[0], len(given), DTYPES[mean.dtype], stream(mean)
+        layers.buffer_info()[0], eps.buffer_info()[0], len(given), stream(mean)
     )
     check(code, "batch_norm coefficients", mean)
     remaining = iter(all_stats)

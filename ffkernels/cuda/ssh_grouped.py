@@ -22,6 +22,7 @@ from .conv_chain import (
     conv_weight_gradient,
     empty_nhwc,
     given_statistics,
+    normalisation_dtype,
     pointer,
 )
 from .seam import join, split
@@ -62,7 +63,8 @@ def whole_block(x: Tensor, links: list[Link], shuffle_groups: int) -> Tensor | N
     native, _ = module()
     layers = array("q")
     for link in links:
-        layers.extend([*(pointer(t) for t in link[:6]), link.weight.shape[0], link.groups])
+        tensors = [pointer(t) for t in link[:6]]
+        layers.extend([*tensors, normalisation_dtype(link), link.weight.shape[0], link.groups])
     eps = array("d", [link.eps for link in links])
     y = empty_nhwc((x.shape[0], sum(links[i].weight.shape[0] for i in OUTPUTS), *x.shape[2:]), x)
     code = native.ff_cuda_ssh_grouped_eval(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import BatchNorm, normalisation_tensors, update_running_statistics
+from ..batch_norm import BatchNorm, as_dense, normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ConvParams
@@ -220,9 +220,9 @@ def _call(
         last = i == len(convs) - 1
         integers += [conv.stride, conv.padding, conv.groups, 0, mode if last else NO_BATCH_NORM]
         floats += [0.0, bn.eps if last else 0.0]
-        params += [conv.weight, conv.bias, *normalisation_tensors(bn if last else None, target.dtype)]
+        params += [as_dense(tensor, target.dtype) for tensor in (conv.weight, conv.bias)]
+        params += normalisation_tensors(bn if last else None, target.dtype)
     weight = fusion_weight.to(statistics_dtype(target)).contiguous()
-    params = [t if t is None else t.to(target.dtype).contiguous() for t in params]
     if backend == "cpu" and direct(target, [bn]):
         fusion = Fusion(tuple(integers[: len(inputs)]), shuffle_groups, pool == "max_same", epsilon)
         numbers = integers[len(inputs) + 2 :], floats[1:]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import BatchNorm
+from ..batch_norm import BatchNorm, as_dense
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ChannelMLP, ConvParams
@@ -211,7 +211,7 @@ def _apply(
         checks.values_per_channel(OP, (x.shape[0], spatial.groups, *x.shape[2:]))
     tensors = [*channel_mlp, spatial.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
     dtype = statistics_dtype(x)
-    params = [t if t is None else t.to(dtype).contiguous() for t in tensors]
+    params = [as_dense(t, dtype) for t in tensors]
     integers = [int(spatial_order == "max_mean"), int(residual is x), int(relu), int(bn.training)]
     floats = [float(bn.momentum), float(bn.eps)]
     residual = None if residual is x else residual

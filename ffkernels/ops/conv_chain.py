@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import normalisation_tensors, update_running_statistics
+from ..batch_norm import as_dense, normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ConvUnit
@@ -50,7 +50,10 @@ PARAMETERS = 6
 
 
 class Link(NamedTuple):
-    """A :class:`ConvUnit` as kernels see it: tensors of one dtype, numbers, codes."""
+    """A :class:`ConvUnit` as kernels see it: tensors, numbers, codes.
+
+    The last four tensors, the normalisation's, may be float32 where the map is half precision.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -311,7 +314,7 @@ def run_chain(
 
 
 def flatten(x: Tensor, units: Sequence[ConvUnit]) -> tuple[list[int], list[float], list[Tensor | None]]:
-    """Units as arguments of a raw op; tensors in the dtype of x."""
+    """Units as arguments of a raw op; convolutions in the dtype of x."""
     integers: list[int] = []
     floats: list[float] = []
     params: list[Tensor | None] = []
@@ -320,11 +323,7 @@ def flatten(x: Tensor, units: Sequence[ConvUnit]) -> tuple[list[int], list[float
         mode = NO_BATCH_NORM if bn is None else BATCH_STATISTICS if bn.training else GIVEN_STATISTICS
         integers += (conv.stride, conv.padding, conv.groups, checks.ACTIVATIONS.index(unit.activation), mode)
         floats += (unit.negative_slope, 0.0 if bn is None else bn.eps)
-        tensors = (conv.weight, conv.bias, *normalisation_tensors(bn, x.dtype))
-        params += [
-            t if t is None or (t.dtype is x.dtype and t.is_contiguous()) else t.to(x.dtype).contiguous()
-            for t in tensors
-        ]
+        params += [as_dense(conv.weight, x.dtype), as_dense(conv.bias, x.dtype), *normalisation_tensors(bn, x.dtype)]
     return integers, floats, params
 
 

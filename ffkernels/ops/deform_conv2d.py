@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import registry
-from ..batch_norm import BatchNorm, normalisation_tensors, update_running_statistics
+from ..batch_norm import BatchNorm, as_dense, normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
 from ..params import ConvParams
@@ -184,8 +184,7 @@ def _call(
         checks.values_per_channel(OP, (x.shape[0], conv.weight.shape[0], *offset.shape[2:]))
     integers = [conv.stride, conv.padding, conv.groups, checks.ACTIVATIONS.index(activation), mode]
     floats = [negative_slope, 0.0 if bn is None else bn.eps]
-    tensors = (conv.weight, conv.bias, *normalisation_tensors(bn, x.dtype))
-    params = [t if t is None else t.to(x.dtype).contiguous() for t in tensors]
+    params = [as_dense(conv.weight, x.dtype), as_dense(conv.bias, x.dtype), *normalisation_tensors(bn, x.dtype)]
     if record:
         y, *stats = _DeformConv.apply(x, offset, mask, integers, floats, backend, *params)
     else:

@@ -43,4 +43,5 @@ stage v2_ultra_training_sizes model.weights="$runs/v2_ultra_training_zoom/final.
 stage v2_ultra_training_gpu model.weights="$runs/v2_ultra_training_sizes/final.safetensors"
 stage v2_ultra_training_muon model.weights="$runs/v2_ultra_training_gpu/final.safetensors"
 stage v2_ultra_training_annealed model.weights="$runs/v2_ultra_training_muon/final.safetensors"
-echo "V2: $runs/v2_training_annealed/final.safetensors; Ultra: $runs/v2_ultra_training_annealed/final.safetensors"
+stage v2_ultra_training_mild model.weights="$runs/v2_ultra_training_annealed/final.safetensors"
+echo "V2: $runs/v2_training_annealed/final.safetensors; Ultra: $runs/v2_ultra_training_mild/final.safetensors"

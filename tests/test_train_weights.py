@@ -51,7 +51,7 @@ def test_one_command_trains_both_models(tmp_path):
         return {f"{path} {name}": tensor for path, tensors in files.items() for name, tensor in tensors.items()}
 
     written = run()
-    v2, ultra = (runs / f"{name}_training_annealed" / "final.safetensors" for name in ("v2", "v2_ultra"))
+    v2, ultra = (runs / name / "final.safetensors" for name in ("v2_training_annealed", "v2_ultra_training_mild"))
     assert featherface.create_model("featherface_v2", weights=v2).training
     featherface.create_model("featherface_v2_ultra", weights=ultra)
     assert read_metadata(runs / "v2_average_restart.safetensors")["average_of"].count("share") == 2

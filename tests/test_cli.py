@@ -17,9 +17,10 @@ import pytest
 import torch
 from marks import MarkDetector, boxes_of, paint
 from PIL import Image
+from rich.table import Table
 
 import featherface
-from featherface.cli import main
+from featherface.cli import main, options
 from featherface.cli.inputs import expand
 from featherface.detector import FaceDetector
 from featherface.errors import FeatherFaceError, ImageError
@@ -539,3 +540,15 @@ def test_videos(capsys, marks, monkeypatch, tmp_path):
 
 def test_errors_are_of_one_family():
     assert issubclass(ImageError, FeatherFaceError)
+
+
+def test_tables_in_a_pipe_are_as_wide_as_they_need(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table, name = Table("weights", "AP"), "runs/" + "long_" * 40 + "/final.safetensors"
+    table.add_row(name, "55.79")
+    options.console().print(table)
+    assert name in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "60")
+    options.console().print(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60

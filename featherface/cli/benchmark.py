@@ -75,7 +75,7 @@ def benchmark(
 
 
 def _print(results: Results, title: str, compare_with: str) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = options.console()
     table = Table("case", "contender", title=title)
     for heading in ("median ms", "10 %", "90 %", "speed-up"):
         table.add_column(heading, justify="right")

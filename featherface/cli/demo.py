@@ -8,7 +8,6 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..detector import FaceDetector
@@ -57,7 +56,7 @@ def demo(
     image = photograph()
     faces = detector.detect(image)
     save_picture(draw_faces(image, faces), output)
-    console = Console(highlight=False, soft_wrap=True)
+    console = options.console()
     table = Table("face", "score", "x1", "y1", "x2", "y2", title=f"{len(faces)} found by {detector.model_name}")
     for i, (box, score) in enumerate(zip(faces.boxes, faces.scores)):
         table.add_row(str(i), f"{score:.3f}", *(f"{value:.1f}" for value in box))

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from ..errors import FeatherFaceError
-from .options import Device, Dtype, Fused, Model, Nms, Quiet, Score, Threads, Weights, writable_file, writable_folder
+from .options import (
+    Device,
+    Dtype,
+    Fused,
+    Model,
+    Nms,
+    Quiet,
+    Score,
+    Threads,
+    Weights,
+    console,
+    writable_file,
+    writable_folder,
+)
 
 
 class ProtocolName(str, Enum):
@@ -132,7 +145,7 @@ def evaluate(
                 progress=lambda done, total: bar.update(task, completed=done, total=total, visible=True),
             )
     if not quiet:
-        report.print()
+        report.print(console())
     if output is not None:
         report.save(output)
     if plot is not None:

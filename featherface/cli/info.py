@@ -6,7 +6,6 @@ import json as json_format
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ffkernels.info import info as kernels_info
 from ffkernels.info import render as render_kernels
@@ -15,6 +14,7 @@ from ..errors import FeatherFaceError
 from ..models import create_model, list_models
 from ..models.registry import WEIGHTS
 from ..models.summary import render, summarize
+from . import options
 
 
 def info(
@@ -33,7 +33,7 @@ def info(
 
     The parameters stand beside those of the design document, which do not always add up.
     """
-    console = Console(highlight=False)
+    console = options.console()
     if model is not None:
         summary = summarize(create_model(model), *_size(size or "640"))
         if json:

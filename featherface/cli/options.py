@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from PIL import Image
+from rich.console import Console
 
 from ..errors import FeatherFaceError
 from ..files import is_stream
@@ -107,3 +108,11 @@ def writable_file(path: Path, option: str) -> Path:
     if not is_stream(path):
         writable_folder(Path(os.path.realpath(path)).parent, option)
     return path
+
+
+def console() -> Console:
+    """Standard output. Tables in a file or a pipe are as wide as they need, since nobody can widen that."""
+    found = Console(highlight=False, soft_wrap=True)
+    if not found.is_terminal and "COLUMNS" not in os.environ:
+        found.width = 1000
+    return found

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -89,7 +88,7 @@ def validate(
 
 
 def _print(results: list[Validated]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = options.console()
     scores = results[0].result.scores
     console.print(f"{len(scores.names)} images, {scores.faces['all']} faces; {AP} in percent")
     for side in dict.fromkeys(r.long_side for r in results):

@@ -31,14 +31,12 @@ class Buffers {
       count(size);
       return memory;
     }
-    count(size);
-    release(most_used_ + most_used_ / 2 - std::min(most_used_ + most_used_ / 2, used_));
+    const size_t used = used_ + size, most = std::max(most_used_, used) + std::max(most_used_, used) / 2;
+    release(most - std::min(most, used));
     void *memory = map(size);
     if (memory == nullptr) release(0), memory = map(size);
-    if (memory == nullptr) {
-      used_ -= size;
-      throw std::bad_alloc();
-    }
+    if (memory == nullptr) throw std::bad_alloc();  // and what there is not does not count
+    count(size);
     return memory;
   }
 

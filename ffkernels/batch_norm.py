@@ -129,5 +129,8 @@ def updatable(bn: BatchNorm, dtype: torch.dtype) -> bool:
         and running.dtype is dtype
         and dtype in (torch.float32, torch.float64)
         and running.is_contiguous()
+        and type(bn.running_var) is Tensor
+        and bn.running_var.is_cpu
+        and bn.running_var.dtype is dtype
         and bn.running_var.is_contiguous()
     )

@@ -52,6 +52,9 @@ def _expected(model: nn.Module) -> Report:
     for name, module in _running(model):
         if module.ff_op is None:
             continue
+        if (reason := module.ff_bypassed()) is not None:
+            rows.append(ReportRow(name or type(module).__name__, module.ff_op, "reference", reason))
+            continue
         sample: Tensor = next(module.parameters(), like)
         needs_grad = module.training and any(p.requires_grad for p in model.parameters())
         request = registry.Request(sample.device.type, sample.dtype, needs_grad, False, module.ff_facts())

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import ffkernels
 from ffkernels import BatchNorm
 from ffkernels.batch_norm import _at_once, normalisation_tensors, update_running_statistics
 
@@ -117,3 +118,10 @@ def test_a_half_precision_normalisation_stays_half_unless_one_tensor_is_not(dtyp
     assert all(t.dtype is torch.float32 for t in found) and found[3] is mixed.running_var
     found[0].sum().backward()
     assert bn.weight.grad.dtype is dtype
+
+
+def test_statistics_of_two_dtypes_are_refused():
+    bn = BatchNorm.of(nn.BatchNorm2d(4))._replace(running_var=torch.ones(4, dtype=torch.float64))
+    conv = ffkernels.ConvParams(torch.zeros(4, 4, 1, 1))
+    with pytest.raises(ValueError, match=r"bn.running_mean is torch.float32 and .*running_var torch.float64"):
+        ffkernels.grouped_conv_bn_act(torch.zeros(2, 4, 3, 3), conv, bn)

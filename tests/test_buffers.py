@@ -90,3 +90,16 @@ def test_threads(native):
     for thread in threads:
         thread.join()
     assert not failed and native.buffer_bytes()[0] == used
+
+
+def test_what_there_is_not_does_not_count(native):
+    """A call that finds no memory leaves the limit of what is kept where it was."""
+    with pytest.raises(MemoryError):
+        native.buffer_nhwc(1 << 45, 1, 1, 1, 4)
+    largest = 0
+    for n in range(1, 40):
+        x = empty_nhwc((n, 16, 64, 64), LIKE)
+        largest = max(largest, x.nbytes)
+        del x
+    used, kept = native.buffer_bytes()
+    assert used == 0 and kept <= 2 * largest

@@ -176,3 +176,11 @@ def test_channels_last(shape, dtype):
         assert torch.equal(y, x) and y.is_contiguous(memory_format=torch.channels_last)
     if dtype is torch.float64 and x.numel() < 500:
         assert torch.autograd.gradcheck(channels_last, x.requires_grad_())
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_the_result_is_a_tensor_of_its_own(mode, groups):
+    x = torch.ones(2, 4, 3, 3)
+    ffkernels.channel_shuffle(x, groups, policy=ffkernels.Policy(mode, "auto")).zero_()
+    assert bool((x == 1).all())

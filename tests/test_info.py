@@ -2,6 +2,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+from kernel_checks import needs_cpu_kernels
+
+from ffkernels import cpu
 from ffkernels.info import info, render
 
 
@@ -35,7 +39,7 @@ def test_cpu_isa_can_be_lowered_and_a_wrong_one_is_an_error():
     assert json.loads(run("--json", FF_CPU_ISA="generic").stdout)["cpu_instruction_sets"]["in_use"] == "generic"
     result = run(FF_CPU_ISA="sse9")
     assert result.returncode == 2
-    assert result.stderr.startswith("FF_CPU_ISA='sse9' cannot be used here; use one of: generic")
+    assert result.stderr.startswith("FF_CPU_ISA='sse9' is no instruction set; use one of: generic, avx2, avx512")
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -47,3 +51,18 @@ def test_kernels_built_from_other_sources_are_not_used(monkeypatch):
     module, reason = native.module.__wrapped__()
     assert header.exists() == (reason == "built from other sources: run pip install -e . again")
     assert header.exists() == (module is None)
+
+
+@needs_cpu_kernels
+def test_the_highest_instruction_set_may_be_one_that_is_not_there(monkeypatch):
+    usable = cpu.instruction_sets()
+    try:
+        for highest in cpu.INSTRUCTION_SETS:
+            monkeypatch.setenv("FF_CPU_ISA", highest)
+            allowed = cpu.INSTRUCTION_SETS[: cpu.INSTRUCTION_SETS.index(highest) + 1]
+            assert cpu.set_isa() == [name for name in usable if name in allowed][-1]
+        with pytest.raises(ValueError, match="isa='sse9' cannot be used here"):
+            cpu.set_isa("sse9")
+    finally:
+        monkeypatch.undo()
+        cpu.set_isa()

@@ -7,6 +7,9 @@ import functools
 from .. import config
 from ..native import FOLDER, build_info, module
 
+INSTRUCTION_SETS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
+"""Every instruction set that kernels are built for, narrowest first."""
+
 _loaded: str | None = None
 
 
@@ -18,7 +21,7 @@ def instruction_sets() -> list[str]:
 
 
 def set_isa(isa: str | None = None) -> str:
-    """Load the kernels of one instruction set (default: the widest, at most ``FF_CPU_ISA``). Returns its name.
+    """Load the kernels of one instruction set (default: the widest up to ``FF_CPU_ISA``). Returns its name.
 
     Kernels of all instruction sets may be loaded in turn, which is how tests reach each of them.
     """
@@ -27,17 +30,24 @@ def set_isa(isa: str | None = None) -> str:
     if native is None:
         raise RuntimeError(f"no C++ kernels: {reason}")
     usable = instruction_sets()
-    limit = isa or config.cpu_isa_limit() or usable[-1]
-    if limit not in usable:
-        name = "isa" if isa else "FF_CPU_ISA"
-        raise ValueError(f"{name}={limit!r} cannot be used here; use one of: {', '.join(usable)}")
-    native.load_cpu(str(FOLDER / "lib" / f"libffcpu_{limit}.so"))
+    highest = config.cpu_isa_limit()
+    if isa is None and highest is not None:
+        if highest not in INSTRUCTION_SETS:
+            raise ValueError(f"FF_CPU_ISA={highest!r} is no instruction set; use one of: {', '.join(INSTRUCTION_SETS)}")
+        allowed = INSTRUCTION_SETS[: INSTRUCTION_SETS.index(highest) + 1]
+        usable = [name for name in usable if name in allowed]
+        if not usable:
+            raise ValueError(f"FF_CPU_ISA={highest!r}: no kernels up to it were built; unset it, or build them")
+    chosen = isa or usable[-1]
+    if chosen not in usable:
+        raise ValueError(f"isa={chosen!r} cannot be used here; use one of: {', '.join(usable)}")
+    native.load_cpu(str(FOLDER / "lib" / f"libffcpu_{chosen}.so"))
     if _loaded is not None:
         from . import plan
 
         plan.clear()
-    _loaded = limit
-    return limit
+    _loaded = chosen
+    return chosen
 
 
 def loaded_isa() -> str | None:

@@ -53,14 +53,14 @@ def workspace(size: int) -> Tensor:
     """Scratch memory of at least ``size`` bytes, the thread's own; the next call may return the same."""
     memory = getattr(_scratch, "memory", None)
     if memory is None or memory.nbytes < size:
-        memory = _scratch.memory = torch.empty(size, dtype=torch.uint8)
+        memory = _scratch.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
     return memory
 
 
 def batch_norm_stats(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """``stats`` of given statistics, such as the running ones."""
     native, _ = module()
-    stats = torch.empty((4, mean.shape[0]), dtype=mean.dtype)
+    stats = mean.new_empty((4, mean.shape[0]))
     code = native.ff_cpu_batch_norm_coefficients(
         mean.data_ptr(),
         var.data_ptr(),
@@ -148,7 +148,7 @@ def batch_norm_reduce(grad: Tensor, output: Source, g: Tensor | None = None) -> 
     """``sums`` of g = grad * act'(y), y = (z - mean) * scale + shift; g itself into ``g`` if given."""
     native, _ = module()
     z, dtype, threads = output.x, DTYPES[output.x.dtype], torch.get_num_threads()
-    sums = torch.empty((2, z.shape[1]), dtype=torch.float64)
+    sums = z.new_empty((2, z.shape[1]), dtype=torch.float64)
     memory = workspace(native.ff_cpu_batch_norm_workspace(z.shape[1], dtype, threads))
     code = native.ff_cpu_batch_norm_reduce(
         grad.data_ptr(),

@@ -28,7 +28,7 @@ def forward(x: Tensor, offset: Tensor, mask: Tensor, link: Link, save: bool) -> 
     shape = (*x.shape, *weight.shape[:1], *weight.shape[2:], link.stride, link.padding)
     dtype, threads = DTYPES[x.dtype], torch.get_num_threads()
     z = empty_nhwc((x.shape[0], weight.shape[0], *offset.shape[2:]), x)
-    stats = torch.empty((4, weight.shape[0]), dtype=x.dtype) if link.batch_statistics else None
+    stats = x.new_empty((4, weight.shape[0])) if link.batch_statistics else None
     given = None
     if link.given_statistics:
         given = batch_norm_stats(link.running_mean, link.running_var, link.bn_weight, link.bn_bias, link.eps)

@@ -133,7 +133,7 @@ class LinksPlan(OpPlan):
         """:meth:`run` with tensors that may be None, and what it keeps as a tensor each."""
         like = tensors[0]
         shapes = self.kept.shapes
-        kept = [torch.empty(s, dtype=like.dtype) if len(s) == 2 else empty_nhwc(s, like) for s in shapes]
+        kept = [torch.empty(s, dtype=like.dtype, device="cpu") if len(s) == 2 else empty_nhwc(s, like) for s in shapes]
         return self.run(compact(tensors), [t.data_ptr() for t in kept]), kept
 
     def raw_backward(

@@ -115,7 +115,7 @@ def aligned(size: int) -> int:
 def buffer(count: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor; a large one lies in a kept buffer (csrc/buffers.h)."""
     if count < LARGE:
-        return torch.empty(count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device="cpu")
     native, _ = module()
     return torch.from_dlpack(native.buffer_nhwc(count, 1, 1, 1, dtype.itemsize)).view(count)
 

@@ -211,7 +211,7 @@ class Engine:
         picture[:2] *= x.element_size()
         planned = self._planned(height, width, threads, x.dtype == torch.uint8)
         plan = planned.plan
-        outputs = tuple(torch.empty(batch, plan.anchors, k) for k in (4, 2, 10))
+        outputs = tuple(torch.empty(batch, plan.anchors, k, device="cpu") for k in (4, 2, 10))
         if batch == 0:
             return planned, outputs
         arena = planned.take()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..batch_norm import BatchNorm
-from ..ops.conv_chain import conv_chain
+from ..ops.conv_chain import conv_chain, facts_of
 from ..ops.depthwise_separable import depthwise_separable
 from ..ops.grouped_conv_bn_act import grouped_conv_bn_act
 from ..params import ConvParams, ConvUnit
-from .module import FusedModule, FusedSequential, hooked
+from .module import FusedModule, FusedSequential, called_for_itself
 
 if TYPE_CHECKING:
     from ..engine.builder import Builder
@@ -68,6 +68,9 @@ class ConvBNAct(FusedSequential):
     def ff_stock(self) -> tuple[type[nn.Module], ...]:
         return nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation]
 
+    def ff_facts(self) -> dict[str, Any]:
+        return facts_of(_convolutions([self]))
+
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
         return [ConvUnit(ConvParams.of(self[0]), BatchNorm.of(self[1]), self.activation, self.negative_slope)]
@@ -118,6 +121,9 @@ class DepthwiseSeparable(FusedSequential):
     def ff_stock(self) -> tuple[type[nn.Module], ...]:
         return 2 * (nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation])
 
+    def ff_facts(self) -> dict[str, Any]:
+        return facts_of(_convolutions([self]))
+
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
         rest = self.activation, self.negative_slope
@@ -145,11 +151,22 @@ class DepthwiseSeparable(FusedSequential):
         return builder.depthwise_separable(x, self[0], self[1], self[3], self[4], self.activation, self.negative_slope)
 
 
+def _convolutions(blocks: Iterable[nn.Module]) -> list[ConvParams]:
+    return [ConvParams.of(layer) for block in blocks for layer in block.children() if isinstance(layer, nn.Conv2d)]
+
+
+def _absorbable(block: nn.Module) -> bool:
+    """Whether a chain does what the block's own forward does."""
+    known = isinstance(block, (ConvBNAct, DepthwiseSeparable)) and not called_for_itself(block)
+    known = known and type(block).forward in (ConvBNAct.forward, DepthwiseSeparable.forward)
+    return known and block.ff_altered() is None
+
+
 class ConvChain(FusedModule, nn.Sequential):
     """``nn.Sequential`` of :class:`ConvBNAct` and :class:`DepthwiseSeparable` blocks, which fused runs as one op.
 
-    The blocks' own ``forward`` is called where it is plain PyTorch, or where a block or a layer of it has hooks or was
-    replaced.
+    The blocks' own ``forward`` is called where it is plain PyTorch, or where a block is of another class, or it or a
+    layer of it has hooks or was replaced.
 
     Shape: that of the blocks, one after the other.
     """
@@ -160,11 +177,18 @@ class ConvChain(FusedModule, nn.Sequential):
         super().__init__()
         self.extend(blocks)
 
+    def ff_facts(self) -> dict[str, Any]:
+        return facts_of(_convolutions(self))
+
     def ff_absorbed(self) -> Iterable[nn.Module]:
         return () if self._runs_blocks() else self.children()
 
+    def ff_bypassed(self) -> str | None:
+        altered = self.ff_policy.mode != "0" and self._runs_blocks()
+        return "its blocks are called one by one: one has hooks, or was replaced or altered" if altered else None
+
     def _runs_blocks(self) -> bool:
-        return self.ff_policy.mode == "0" or any(hooked(block) or block.ff_altered() is not None for block in self)
+        return self.ff_policy.mode == "0" or not all(map(_absorbable, self))
 
     def forward(self, x: Tensor) -> Tensor:
         if self._runs_blocks():

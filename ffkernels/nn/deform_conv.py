@@ -11,7 +11,7 @@ from ..batch_norm import BatchNorm
 from ..ops.deform_conv2d import deform_conv2d
 from ..params import ConvParams
 from .conv import ACTIVATION_LAYERS, activation_layer
-from .module import FusedModule, FusedSequential
+from .module import FusedModule, FusedSequential, called_for_itself
 
 if TYPE_CHECKING:
     from ..engine.builder import Builder
@@ -44,9 +44,23 @@ class DeformConv(FusedModule):
         """Offsets (B, 2 K, H', W') and mask (B, K, H', W') for the K taps of every output pixel."""
         return self.offset_conv(x), 2 * torch.sigmoid(self.modulator_conv(x))
 
+    def filter(self) -> ConvParams:
+        """``regular_conv``, whose parameters are read: it is never called.
+
+        Raises:
+            ValueError: a call of it would do something else, as where hooks prune its weight.
+        """
+        conv = self.regular_conv
+        if called_for_itself(conv) or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+            raise ValueError(
+                "regular_conv of a deformable convolution is never called, so that its hooks (pruning's, too) or a "
+                "forward of its own would not run; remove them (torch.nn.utils.prune.remove) or use a parametrization"
+            )
+        return ConvParams.of(conv)
+
     def forward(self, x: Tensor) -> Tensor:
         """The convolution without batch normalisation and activation."""
-        return deform_conv2d(x, *self.sampling(x), ConvParams.of(self.regular_conv), None, policy=self.ff_policy)
+        return deform_conv2d(x, *self.sampling(x), self.filter(), None, policy=self.ff_policy)
 
 
 class DeformConvBNAct(FusedSequential):
@@ -84,7 +98,7 @@ class DeformConvBNAct(FusedSequential):
         return deform_conv2d(
             x,
             *self[0].sampling(x),
-            ConvParams.of(self[0].regular_conv),
+            self[0].filter(),
             BatchNorm.of(self[1]),
             self.activation,
             self.negative_slope,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .. import config, registry
+from ..params import ConvParams
 
 
 def hooked(module: nn.Module) -> bool:
@@ -15,6 +16,12 @@ def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def called_for_itself(module: nn.Module) -> bool:
+    """Whether a call of this module may do something that others of its class do not: it runs hooks, or its ``forward``
+    was replaced."""
+    return hooked(module) or "forward" in vars(module)
 
 
 class FusedModule(nn.Module):
@@ -37,6 +44,10 @@ class FusedModule(nn.Module):
         """What the op tells the registry about this module's calls, as keyword facts of ``registry.select``."""
         return {}
 
+    def ff_bypassed(self) -> str | None:
+        """Why this module does not call its op, for :func:`ffkernels.report`; None where it does."""
+        return None
+
     def ff_absorbed(self) -> Iterable[nn.Module]:
         """Modules whose work this module's op does: it reads their parameters and never calls them."""
         return ()
@@ -46,19 +57,34 @@ class FusedModule(nn.Module):
         return "" if mode == "0" else f"fused={mode}, backend={backend}"
 
 
+_CALLS = ("forward", "_conv_forward")
+"""What a layer's subclass overrides to compute something else."""
+
+
 class FusedSequential(FusedModule, nn.Sequential):
     """An ``nn.Sequential`` of known layers that is run as one op, and as what it is where that would not be the same:
     as plain PyTorch, and where a layer has hooks or is not of the class that :meth:`ff_stock` says."""
+
+    negative_slope: float
 
     def ff_stock(self) -> tuple[type[nn.Module], ...]:
         """The class of each layer that the op stands for."""
         raise NotImplementedError
 
     def ff_replaced(self) -> str | None:
-        """Which layer is not of its stock class; None where all are."""
+        """Which layer is not the stock layer that the op knows; None where all are."""
         for name, layer, stock in zip(self._modules, self, self.ff_stock(), strict=True):
-            if type(layer).forward is not stock.forward:
+            if any(getattr(type(layer), call, None) is not getattr(stock, call, None) for call in _CALLS):
                 return f"layer {name} is {type(layer).__name__}"
+            if "forward" in vars(layer):
+                return f"layer {name} has a forward of its own"
+            if isinstance(layer, nn.LeakyReLU) and layer.negative_slope != self.negative_slope:
+                return f"layer {name} has the slope {layer.negative_slope}, the block {self.negative_slope}"
+            if isinstance(layer, nn.Conv2d):
+                try:
+                    ConvParams.of(layer)
+                except ValueError as error:
+                    return f"layer {name}: {error}"
         return None
 
     def ff_altered(self) -> str | None:
@@ -69,6 +95,9 @@ class FusedSequential(FusedModule, nn.Sequential):
             if hooked(layer) or any(map(hooked, layer._modules.values())):
                 return f"layer {name} has hooks"
         return None
+
+    def ff_bypassed(self) -> str | None:
+        return self.ff_altered()
 
     def ff_layers_run(self) -> bool:
         """Whether ``forward`` calls the layers one by one.

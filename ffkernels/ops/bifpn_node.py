@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import registry
 from ..batch_norm import BatchNorm, as_dense, normalisation_tensors, update_running_statistics
@@ -26,7 +25,7 @@ from .conv_chain import (
     links_of,
     statistics_dtype,
 )
-from .library import define, direct, kernels, planned, update_from_addresses
+from .library import define, direct, first_order, kernels, planned, update_from_addresses
 
 OP = "bifpn_node"
 
@@ -166,7 +165,7 @@ class _BiFPNNode(torch.autograd.Function):
         return y, *stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None):
         integers, floats, count, backend, total = ctx.call
         if grad is None:
@@ -223,7 +222,7 @@ def _call(
         params += [as_dense(tensor, target.dtype) for tensor in (conv.weight, conv.bias)]
         params += normalisation_tensors(bn if last else None, target.dtype)
     weight = fusion_weight.to(statistics_dtype(target)).contiguous()
-    if backend == "cpu" and direct(target, [bn]):
+    if backend == "cpu" and direct(target, [*inputs, weight, *params], [bn]):
         fusion = Fusion(tuple(integers[: len(inputs)]), shuffle_groups, pool == "max_same", epsilon)
         numbers = integers[len(inputs) + 2 :], floats[1:]
         plan = kernels(backend, OP).node_plan(inputs, len(weight), fusion, *numbers, params, record)

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import registry
 from ..batch_norm import BatchNorm, as_dense
@@ -17,7 +16,7 @@ from ..params import ChannelMLP, ConvParams
 from ..reference.cbam import cbam as reference
 from . import checks
 from .conv_chain import statistics_dtype
-from .library import define, direct, kernels, planned, update_from_addresses
+from .library import define, direct, first_order, kernels, planned, update_from_addresses
 
 OP = "cbam"
 
@@ -184,7 +183,7 @@ class _CBAM(torch.autograd.Function):
         return y, *running
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -215,7 +214,7 @@ def _apply(
     integers = [int(spatial_order == "max_mean"), int(residual is x), int(relu), int(bn.training)]
     floats = [float(bn.momentum), float(bn.eps)]
     residual = None if residual is x else residual
-    if backend == "cpu" and direct(x, [bn]):
+    if backend == "cpu" and direct(x, [residual, *params], [bn]):
         if bn.training:
             params[7:] = [None, None]  # the caller updates them in place, and they are not read
         plan = kernels(backend, OP).application_plan(x, residual, params, integers, floats)
@@ -274,6 +273,8 @@ def cbam(
     """
     checks.feature_map(OP, "x", x)
     channels = x.shape[1]
+    if channel_mlp.fc1_weight.dim() != 2 or channel_mlp.fc1_weight.shape[1] < 1:
+        checks.fail(OP, f"channel_mlp.fc1_weight must be (hidden, width), got {tuple(channel_mlp.fc1_weight.shape)}")
     hidden, width = channel_mlp.fc1_weight.shape
     if channels % width:
         checks.fail(OP, f"the {channels} channels of x are not a multiple of the MLP's width, {width}")

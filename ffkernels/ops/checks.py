@@ -58,6 +58,9 @@ def batch_norm(op: str, name: str, bn: BatchNorm | None, like: Tensor, channels:
         if tensor is not None and tensor.shape != (channels,):
             fail(op, f"{name}.{field} must be ({channels},), got {tuple(tensor.shape)}")
         same_device(op, f"{name}.{field}", tensor, like)
+    mean, var = bn.running_mean, bn.running_var
+    if mean is not None and var is not None and mean.dtype != var.dtype:
+        fail(op, f"{name}.running_mean is {mean.dtype} and {name}.running_var {var.dtype}: they need one dtype")
     if not bn.training and (bn.running_mean is None or bn.running_var is None):
         fail(op, f"{name} has no running statistics to normalise with, and training is False")
 

@@ -12,18 +12,26 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import registry
 from ..batch_norm import as_dense, normalisation_tensors, update_running_statistics
 from ..config import Policy, call_policy
 from ..layout import memory_format
-from ..params import ConvUnit
+from ..params import ConvParams, ConvUnit
 from ..reference.conv_chain import conv_chain as reference
 from . import checks
-from .library import define, direct, kernels, planned, update_from_addresses
+from .library import define, direct, first_order, kernels, planned, update_from_addresses
 
 OP = "conv_chain"
+
+
+def facts_of(convs: Sequence[ConvParams]) -> dict[str, Any]:
+    """What :func:`supports` asks of a call with these convolutions."""
+    return {
+        "kernel": max(int(conv.weight.shape[2]) for conv in convs),
+        "stride": max(conv.stride for conv in convs),
+        "plain": all(conv.weight.shape[2] == conv.weight.shape[3] > conv.padding for conv in convs),
+    }
 
 
 def supports(request: registry.Request) -> str | None:
@@ -216,7 +224,7 @@ class Block(torch.autograd.Function):
         return y, *stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None):
         op, count, integers, floats, backend = ctx.rest
         if grad is None:
@@ -271,12 +279,10 @@ def run(op: str, x: Tensor, units: Sequence[ConvUnit], policy: Policy | None) ->
     """The output of checked ``units`` as ``op``'s kernels compute it, or None where the reference is to serve."""
     record = checks.needs_grad(x, units)
     x = checks.autocast_input(x)
-    kernels_of = [unit.conv.weight.shape[2:] for unit in units]
-    plain = all(kh == kw and unit.conv.padding < kh for (kh, kw), unit in zip(kernels_of, units))
-    largest, stride = max(int(kh) for kh, _ in kernels_of), max(unit.conv.stride for unit in units)
-    backend = registry.select(op, x, policy or call_policy(), record, kernel=largest, stride=stride, plain=plain)
+    backend = registry.select(op, x, policy or call_policy(), record, **facts_of([unit.conv for unit in units]))
     sizes = output_sizes(x, units)
-    if backend == "reference" or x.numel() == 0 or min(min(size) for size in sizes) < 1:
+    empty = x.numel() == 0 or min(min(size) for size in sizes) < 1 or not all(len(unit.conv.weight) for unit in units)
+    if backend == "reference" or empty:
         return None
     for unit, (height, width) in zip(units, sizes):
         if unit.bn is not None and unit.bn.training:
@@ -289,7 +295,7 @@ def run_chain(
 ) -> Tensor:
     """The output of ``units`` one after the other; updates running statistics as ``nn.BatchNorm2d`` does."""
     integers, floats, params = flatten(x, units)
-    if backend == "cpu" and direct(x, [unit.bn for unit in units]):
+    if backend == "cpu" and direct(x, params, [unit.bn for unit in units]):
         plan = kernels(backend, OP).chain_plan(x, integers, floats, params, record)
         y, kept = planned(plan, [x, *params], record)
         training = [(unit.bn, size) for unit, size in zip(units, sizes) if unit.bn is not None and unit.bn.training]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import registry
 from ..batch_norm import BatchNorm, as_dense, normalisation_tensors, update_running_statistics
@@ -17,7 +16,7 @@ from ..params import ConvParams
 from ..reference.deform_conv2d import deform_conv2d as reference
 from . import checks
 from .conv_chain import BATCH_STATISTICS, GIVEN_STATISTICS, NO_BATCH_NORM, Link, links_of, statistics_dtype
-from .library import define, kernels
+from .library import define, first_order, kernels
 
 OP = "deform_conv2d"
 
@@ -155,7 +154,7 @@ class _DeformConv(torch.autograd.Function):
         return y, *stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, *unused: None):
         count, integers, floats, backend = ctx.call
         if grad is None:

@@ -122,6 +122,7 @@ def decode(
         raise ValueError(f"decode: landmarks are {tuple(landmarks.shape)}, expected {(*bbox.shape[:-1], '2 K')}")
     for name, tensor in (("landmarks", landmarks), ("priors", priors)):
         same_device("decode", name, tensor, bbox)
+    _check_variances("decode", variances)
     record = needs_grad(bbox, landmarks, priors)
     same = _same_dtype(bbox, landmarks, priors)
     backend = registry.select(OP, bbox, policy or call_policy(), record, function="decode", same_dtype=same)
@@ -209,8 +210,9 @@ def detect(
     for name, tensor in (("scores", scores), ("landmarks", landmarks), ("priors", priors)):
         same_device("detect", name, tensor, bbox)
     _check_threshold("detect", "nms_threshold", nms_threshold)
-    if top_k < 1 or keep_top_k < 1:
-        raise ValueError(f"detect: top_k={top_k}, keep_top_k={keep_top_k}; both must be at least 1")
+    if not all(isinstance(limit, int) and limit >= 1 for limit in (top_k, keep_top_k)):
+        raise ValueError(f"detect: top_k={top_k}, keep_top_k={keep_top_k}; both must be whole numbers of at least 1")
+    _check_variances("detect", variances)
     same = _same_dtype(bbox, scores, landmarks, priors)
     backend = registry.select(OP, bbox, policy or call_policy(), function="detect", same_dtype=same)
     settings = (score_threshold, nms_threshold, top_k, keep_top_k, list(variances))
@@ -220,6 +222,13 @@ def detect(
         boxes, kept_scores, points, count = _raw_detect(bbox, scores, landmarks, priors, *settings, backend)
         found = int(count)
         return boxes[:found], kept_scores[:found], points[:found]
+
+
+def _check_variances(function: str, variances: Sequence[float]) -> None:
+    if len(variances) != 2:
+        raise ValueError(
+            f"{function}: variances are {tuple(variances)}, expected two: of the offsets and of the log sizes"
+        )
 
 
 def _check_threshold(function: str, name: str, value: float) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import Library
+from torch.nn import Parameter
 
 from .. import registry
 from ..batch_norm import BatchNorm, updatable
@@ -50,13 +51,18 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def direct(x: Tensor, bns: Sequence[BatchNorm | None]) -> bool:
+PLAIN = (Tensor, Parameter, NoneType)
+
+
+def direct(x: Tensor, tensors: Sequence[Tensor | None], bns: Sequence[BatchNorm | None]) -> bool:
     """Whether a call of CPU kernels may leave out the dispatcher, to which a raw op is a call with all its parameters:
-    nothing traces it, and the kernels can update the running statistics themselves."""
+    nothing traces it, no tensor is of a subclass, which may have no memory, and the kernels can update the running
+    statistics themselves."""
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
         and x.is_cpu
+        and all(type(t) in PLAIN for t in tensors)
         and torch._C._len_torch_dispatch_stack() == 0
         and all(bn is None or not bn.training or bn.running_mean is None or updatable(bn, x.dtype) for bn in bns)
     )
@@ -67,6 +73,26 @@ def update_from_addresses(uses: Sequence[tuple[BatchNorm, int, int, int]]) -> No
     from ..cpu.conv import batch_norm_update
 
     batch_norm_update(uses)
+
+
+def _batched(grad: Tensor | None) -> bool:
+    functorch = torch._C._functorch
+    return grad is not None and (functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad))
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """``once_differentiable``, and a clear error for gradients of ``torch.vmap``, which have no memory of their own."""
+
+    @once_differentiable
+    def checked(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.compiler.is_compiling() and any(map(_batched, grads)):
+            raise RuntimeError(
+                "fused ops take no batched gradients (is_grads_batched, vectorize=True): compute them one by one, or "
+                "make the model plain PyTorch with ffkernels.set_fused(model, False)"
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 class Planned(torch.autograd.Function):
@@ -82,7 +108,7 @@ class Planned(torch.autograd.Function):
         return y, kept
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import registry
 from ..config import Policy, call_policy
 from ..params import ConvParams, ConvUnit, HeadParams
 from ..reference.multi_head import multi_head as reference
 from . import checks
-from .conv_chain import batched, nhwc, output_sizes, run_chain, supports, supports_cuda
-from .library import define, kernels
+from .conv_chain import batched, facts_of, nhwc, output_sizes, run_chain, supports, supports_cuda
+from .library import define, first_order, kernels
 
 OP = "multi_head"
-registry.register(OP, "cpu", (torch.float32, torch.float64), supports=supports)
-registry.register(OP, "cuda", (torch.float32, torch.float16, torch.bfloat16), supports=supports_cuda)
-registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=supports)
+
+
+def _supports(request: registry.Request, conv_supports: Callable = supports) -> str | None:
+    if not request.facts.get("same_dtype", True):
+        return "the levels have different dtypes"
+    if request.facts.get("grouped", False):
+        return "predictors with groups"
+    return conv_supports(request)
+
+
+registry.register(OP, "cpu", (torch.float32, torch.float64), supports=_supports)
+registry.register(
+    OP,
+    "cuda",
+    (torch.float32, torch.float16, torch.bfloat16),
+    supports=functools.partial(_supports, conv_supports=supports_cuda),
+)
+registry.register(OP, "triton", (torch.float32, torch.float16, torch.bfloat16), supports=_supports)
 
 
 def _run(maps: list[Tensor], softmax: bool, backend: str) -> list[Tensor]:
@@ -69,7 +84,7 @@ class _Rows(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None):
         shapes, backend = ctx.rest
         if all(g is None for g in grads):
@@ -140,14 +155,10 @@ def _fused(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     record = checks.needs_grad(features, heads)
     features = [checks.autocast_input(x) for x in features]
-    facts = {"kernel": 1, "stride": 1, "plain": all(x.dtype == features[0].dtype for x in features)}
-    for head in heads:
-        facts["plain"] = facts["plain"] and head.bbox.groups == head.cls.groups == head.landmarks.groups == 1
-        if head.trunk is not None:
-            kh, kw = head.trunk.weight.shape[2:]
-            facts["kernel"] = max(facts["kernel"], int(kh))
-            facts["stride"] = max(facts["stride"], head.trunk.stride)
-            facts["plain"] = facts["plain"] and kh == kw and head.trunk.padding < kh
+    predictors = [conv for head in heads for conv in (head.bbox, head.cls, head.landmarks)]
+    facts = facts_of([*predictors, *(head.trunk for head in heads if head.trunk is not None)])
+    facts["same_dtype"] = all(x.dtype == features[0].dtype for x in features)
+    facts["grouped"] = any(conv.groups != 1 for conv in predictors)
     backend = registry.select(OP, features[0], policy or call_policy(), record, **facts)
     if backend == "reference":
         return None

@@ -152,7 +152,7 @@ def ssh_grouped(
         convs = [conv._replace(bias=bias) for conv, bias in zip(convs, zeros)]
     integers, floats, params = flatten(x, [ConvUnit(conv, bn, "relu") for conv, bn in zip(convs, bns)])
     integers.append(shuffle_groups)
-    if backend == "cpu" and direct(x, bns):
+    if backend == "cpu" and direct(x, params, bns):
         plan = kernels(backend, OP).block_plan(x, integers, floats, params, record)
         y, kept = planned(plan, [x, *params], record)
         if bns[0].training:

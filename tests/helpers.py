@@ -116,7 +116,7 @@ def compare_kernel(
     for part, name, factor in ((0, "output", 2.0), (1, "gradient", 3.0), (2, "state", 3.0)):
         exact_values = [t for t in runs[-1][part] if t is not None]
         largest = max((t.abs().max().item() for t in exact_values if t.numel()), default=0.0)
-        for i, (mine, *theirs, exact) in enumerate(zip(*(run[part] for run in runs))):
+        for i, (mine, *theirs, exact) in enumerate(zip(*(run[part] for run in runs), strict=True)):
             assert (mine is None) == (exact is None), f"{name} {i}: {mine is None=}, {exact is None=}"
             if exact is None:
                 continue

@@ -48,7 +48,7 @@ def run(function: Callable[..., Tensor], arguments: Sequence[Any], grad: Callabl
 def check_float64(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], arguments: Sequence[Any]) -> None:
     """Output, every gradient and running statistics equal the reference's in float64."""
     results = (run(f, arguments, torch.randn_like) for f in (kernel, reference))
-    for i, (mine, theirs) in enumerate(zip(*results)):
+    for i, (mine, theirs) in enumerate(zip(*results, strict=True)):
         assert (mine is None) == (theirs is None), i
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-10, msg=lambda m, i=i: f"result {i}: {m}")
@@ -75,7 +75,7 @@ def check_threads(
     try:
         check_float64(kernel, reference, arguments)
         first, second = (run(kernel, arguments, torch.randn_like) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second)), "two runs differ"
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "two runs differ"
     finally:
         torch.set_num_threads(before)
 
@@ -143,5 +143,5 @@ def check_compiled(module: torch.nn.Module, *inputs: Tensor) -> None:
         statistics = [b.clone() for b in module.buffers()]
         results.append([y, *statistics, *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1])
-    for a, b in zip(*results):
+    for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

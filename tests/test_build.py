@@ -82,8 +82,10 @@ def test_pure_python_build_records_why(source):
     record = json.loads((library / "ffkernels" / "_build_info.json").read_text())
     assert record["cpu"]["reason"] == "not built: FF_BUILD_CPU=0"
     assert not list(library.rglob("*.so"))
-    for table in ("measurements.json", "triton/blocks.json"):
-        assert (library / "ffkernels" / table).exists()
+    weights = [f"featherface/weights/{name}.safetensors" for name in ("featherface_v2", "featherface_v2_ultra")]
+    tables = ["ffkernels/measurements.json", "ffkernels/triton/blocks.json", "featherface/weights/weights.json"]
+    for file in (*weights, *tables, "ffkernels/py.typed", "featherface/py.typed"):
+        assert (library / file).exists(), file
     command = [sys.executable, "-c", "import ffkernels, ffkernels.info as i; print(i.info()['backends']['cpu'])"]
     environment = {**os.environ, "PYTHONPATH": str(library)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=source / "build")

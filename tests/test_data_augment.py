@@ -215,3 +215,34 @@ def test_jpeg_loses_what_pillows_encoder_loses(quality):
     assert np.sqrt(np.mean((ours - original) ** 2)) == pytest.approx(loss, rel=0.2)
     with pytest.raises(ValueError, match="16"):
         jpeg(torch.zeros(1, 3, 24, 32), [50])
+
+
+def test_develop_is_colours_then_blur_then_jpeg_of_each_view():
+    config = Augmentation(distort=1.0, grey=0.0, blur=1.0, jpeg=1.0, mirror=0.0)
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    views = [draw_view(generator(1, 0, i), 40, 40, NOTHING, config, 32) for i in range(3)]
+    views = [view._replace(target=(0, 0, 32, 32)) for view in views]
+    result = develop(pixels, Look.of(views, [[view.window(32)] for view in views]))
+    for i, view in enumerate(views):
+        rgb = np.einsum("ij,jhw->ihw", view.matrix, pixels[i].double().numpy()) + view.offset
+        rgb = torch.from_numpy(rgb).clamp(0, 255).float()[None]
+        expected = jpeg(blur(rgb, [view.sigma]), [view.quality])[0].flip(0) - torch.tensor(MEAN)[:, None, None]
+        torch.testing.assert_close(result[i], expected, atol=0.5, rtol=0)
+
+
+def test_drawn_colours_keep_within_their_bounds_and_reach_them():
+    def drawn(**options):
+        config = Augmentation(**{"distort": 1.0, "grey": 0.0, **options})
+        return [draw_view(generator(2, 0, i), 40, 40, NOTHING, config, 32) for i in range(300)]
+
+    nothing = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    grey = np.ones(3)
+    bright = np.array([view.offset for view in drawn(**nothing | {"brightness": 32.0})])
+    assert -32 <= bright.min() < -20 and 20 < bright.max() <= 32
+    contrast = np.array([(view.matrix @ grey).mean() for view in drawn(**nothing | {"contrast": 0.5})])
+    assert 0.5 <= contrast.min() < 0.6 and 1.4 < contrast.max() <= 1.5
+    for options in ({"saturation": 0.5}, {"hue": 18.0}):
+        matrices = np.array([view.matrix for view in drawn(**nothing | options)])
+        np.testing.assert_allclose(matrices @ grey, np.broadcast_to(grey, (300, 3)), atol=2e-2)
+        assert np.abs(matrices - np.eye(3)).max() > 0.1
+    assert all(np.array_equal(view.matrix, np.eye(3)) and view.offset == 0 for view in drawn(distort=0.0))

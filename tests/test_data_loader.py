@@ -300,3 +300,12 @@ def test_each_batch_draws_its_size_and_keeps_it_when_resumed(folder):
     assert shapes(5, workers=2) == epochs[5]
     other = Loader(data, config, 1, seed=3, rank=1, world_size=2)
     assert [batch.images.shape[2:] for batch in other.epoch(5)] == epochs[5][: other.batches_per_epoch]
+
+
+def test_landmarks_are_scaled_as_boxes_are(tmp_path):
+    make_faces(tmp_path / "set", 6)
+    whole, small = (load_data([Source("set")], tmp_path, max_side=side) for side in (0, 40))
+    assert any(np.isfinite(points).any() for points in whole.landmarks)
+    for before, after, scale in zip(whole.landmarks, small.landmarks, small.store.scales, strict=True):
+        assert (scale < 1).all()
+        np.testing.assert_allclose(after, before * scale[::-1])

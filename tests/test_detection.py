@@ -281,3 +281,29 @@ def test_detect_rejects():
         detect(bbox, scores, landmarks, priors, nms_threshold=-1)
     with pytest.raises(ValueError, match="top_k"):
         detect(bbox, scores, landmarks, priors, top_k=0)
+
+
+@pytest.mark.parametrize("mode,backend", [("1", "reference"), ("require", "cpu")])
+def test_variances_are_used(mode, backend):
+    if reason := registry.backend_unavailable(backend, "cpu"):
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    priors = torch.rand(50, 4, generator=generator) * 0.1 + 0.2
+    bbox, landmarks = (torch.randn(50, k, generator=generator) for k in (4, 10))
+    scores = torch.rand(50, generator=generator)
+    with ffkernels.use(mode, backend):
+        boxes, points = decode(bbox, landmarks, priors, (0.3, 0.5))
+        found, _, found_points = detect(bbox, scores, landmarks, priors, 0.0, 1.0, variances=(0.3, 0.5))
+    centre = priors[:, :2] + bbox[:, :2] * 0.3 * priors[:, 2:]
+    half = priors[:, 2:] * (bbox[:, 2:] * 0.5).exp() / 2
+    torch.testing.assert_close(boxes, torch.cat([centre - half, centre + half], 1))
+    places = priors[:, None, :2] + landmarks.view(50, 5, 2) * 0.3 * priors[:, None, 2:]
+    torch.testing.assert_close(points, places.flatten(1))
+    order = scores.argsort(descending=True)
+    torch.testing.assert_close(found, boxes[order])
+    torch.testing.assert_close(found_points, points[order])
+    for wrong in ((0.1,), (0.1, 0.2, 0.3)):
+        with pytest.raises(ValueError, match="expected two"):
+            decode(bbox, landmarks, priors, wrong)
+        with pytest.raises(ValueError, match="expected two"):
+            detect(bbox, scores, landmarks, priors, variances=wrong)

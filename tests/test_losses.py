@@ -473,3 +473,66 @@ def test_half_precision_predictions_are_scored_in_float32():
     assert isinstance(assignment, Assignment)
     terms = task_loss(Task(), bbox, cls, landmarks, targets, PRIORS, assignment)
     assert all(value.dtype == torch.float32 for value in terms.values())
+
+
+def test_the_feature_term_is_the_difference_where_faces_are_over_the_teachers_energy():
+    student, teacher = outputs(0), outputs(1)
+    sizes = level_sizes(*SIZE)
+    own, theirs = (
+        [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed)) for size in sizes] for seed in (0, 1)
+    )
+    for features in own:
+        features.requires_grad_()
+    config = Distillation(class_weight=0, box_weight=0, landmark_weight=0, feature_weight=0.7)
+    labelled = torch.tensor([True, True])
+    (result,) = distillation_loss(config, student, teacher, PRIORS, labelled, own, theirs).values()
+    masks = foreground(torch.softmax(teacher[1], -1)[..., 1], sizes)
+    levels = zip(masks, own, theirs, strict=True)
+    expected = 0.7 / 3 * sum((m * (a - b) ** 2).sum() / (m * b**2).sum() for m, a, b in levels)
+    torch.testing.assert_close(result, expected)
+    for gradient, wanted in zip(torch.autograd.grad(result, own), torch.autograd.grad(expected, own), strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_each_level_has_an_adapter_of_its_own():
+    adapters = FeatureAdapters(2, 3)
+    maps = [torch.randn(1, 2, 4, 4)] * 3
+    results = adapters(maps)
+    assert [tuple(r.shape) for r in results] == [(1, 3, 4, 4)] * 3
+    for result, layer in zip(results, adapters.levels, strict=True):
+        torch.testing.assert_close(result, layer(maps[0]))
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    "task,expected",
+    [
+        (Task(multibox_threshold=0.5, multibox_override=0.1), lambda t: multibox(t, PRIORS, 0.5, 0.1)),
+        (Task(assigner="atss", atss_top_k=4), lambda t: atss(t, PRIORS, SIZE, 4)),
+    ],
+    ids=["multibox", "atss"],
+)
+def test_options_of_the_assigners_are_used(task, expected):
+    targets = random_targets(5)
+    bbox, cls, _ = outputs(1, batch=4)
+    faces = assign(task, bbox, cls, targets, PRIORS, SIZE).face
+    assert torch.equal(faces, expected(targets).face)
+    default = assign(Task(assigner=task.assigner), bbox, cls, targets, PRIORS, SIZE).face
+    assert not torch.equal(faces, default)
+
+
+def test_weights_and_ratios_of_the_task_are_used():
+    targets = random_targets(5)
+    values = outputs(1, batch=4)
+    assignment = assign(Task(), *values[:2], targets, PRIORS, SIZE)
+
+    def terms(**options):
+        return task_loss(Task(**options), *values, targets, PRIORS, assignment)
+
+    plain = terms()
+    for name in ("class", "box", "landmark"):
+        weight = getattr(Task(), f"{name}_weight")
+        torch.testing.assert_close(terms(**{f"{name}_weight": 3 * weight})[name], 3 * plain[name])
+    assert terms(ohem_ratio=1.0)["class"] < plain["class"]
+    focal = [terms(classification="quality_focal", focal_beta=beta)["class"] for beta in (1.0, 2.0)]
+    assert focal[1] < focal[0]

@@ -16,13 +16,15 @@ import pytest
 import safetensors.torch
 import torch
 from faces import make_faces
+from marks import MarkDetector, boxes_of, paint
 from PIL import Image
 
 import featherface
 import ffkernels.engine
 from featherface.cli import main
-from featherface.data import Source
+from featherface.data import Source, load_data
 from featherface.errors import CheckpointError, DataError, FeatherFaceError
+from featherface.evaluation import SIZES
 from featherface.files import sha256
 from featherface.models import save_weights
 from featherface.training import (
@@ -39,12 +41,15 @@ from featherface.training import (
 from featherface.training import run_folder as run_folder_module
 from featherface.training import trainer as trainer_module
 from featherface.training.averaging import average_weights
+from featherface.training.config import Validation
 from featherface.training.curves import draw_curves
 from featherface.training.data import read_data
 from featherface.training.model_card import model_card
 from featherface.training.network import Network, Teacher, check_anchors, predict, set_prior
+from featherface.training.optimizer import WeightAverage
 from featherface.training.run_folder import RunFolder, Table
 from featherface.training.trainer import World
+from featherface.training.validation import detect_validation
 
 ROOT = Path(__file__).parent.parent
 EPOCHS, STEPS = 2, 6
@@ -780,3 +785,55 @@ def test_features_are_distilled_without_an_engine(root, tmp_path):
     trainer = Trainer(config, tmp_path, False, World(0, 1, torch.device("cpu")), quiet=True)
     trainer.close()
     assert trainer.teacher.engine is None
+
+
+def test_the_moving_average_of_parameters_and_buffers():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    average = WeightAverage(model, 0.5)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(12):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(4, 1, 3, 3))
+        average.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            mean = decay * expected[name] + (1 - decay) * value
+            expected[name] = mean if value.is_floating_point() else value.clone()
+    for name, value in average.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
+def test_validation_sees_what_the_detector_sees(tmp_path):
+    marks = [(36, 44, 32), (216, 104, 128)]
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    Image.fromarray(paint(192, 320, marks)).save(folder / "images" / "a.png")
+    rows = [f"{x - side / 2} {y - side / 2} {side} {side}" for x, y, side in marks]
+    (folder / "label.txt").write_text("\n".join(["# a.png", *rows, ""]))
+    data = load_data([Source("set")], tmp_path)
+    for side, expected in ((0, (1, 3, 192, 320)), (640, (1, 3, 384, 640))):
+        model = MarkDetector()
+        options = Validation(long_side=side, score_threshold=0.5)
+        (found,) = detect_validation(model, data, np.array([0]), options).values()
+        assert model.inputs == [expected]
+        np.testing.assert_allclose(found[np.lexsort(found[:, :4].T), :4], boxes_of(marks), atol=1.0)
+
+
+def test_the_best_weights_are_the_averages_of_the_best_validation(root, tmp_path, monkeypatch):
+    scores, written = iter((0.3, 0.5, 0.4)), []
+    monkeypatch.setattr(trainer_module, "score", lambda *_: {"all": next(scores), **dict.fromkeys(SIZES, 0.0)})
+    write = Trainer._write_weights
+
+    def record(self, name, model):
+        written.append((self.epoch, name))
+        assert model is self.average.model
+        write(self, name, model)
+
+    monkeypatch.setattr(Trainer, "_write_weights", record)
+    result = train(make_config(root, schedule__epochs=3), tmp_path / "run", quiet=True)
+    assert result.best_ap == 0.5 and result.ap["all"] == 0.4
+    assert written == [(1, "best.safetensors"), (2, "best.safetensors"), (3, "final.safetensors")]
+    assert not same_weights(weights(tmp_path / "run"), weights(tmp_path / "run", "best.safetensors"))

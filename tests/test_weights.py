@@ -53,6 +53,7 @@ def test_only_fitting_weights_can_be_added(saved, tmp_path):
 
 
 def test_shipped_weights_are_whole():
+    assert set(weights.available()) == {"featherface_v2", "featherface_v2_ultra"}
     for name in weights.available():
         model = featherface.create_model(name, weights=weights.find(name))
         assert all(torch.isfinite(p).all() for p in model.parameters())

@@ -30,6 +30,9 @@ def grouped_conv_bn_act(
 ) -> Tensor:
     """y = act(bn(conv(x))), for any number of channel groups (1: a dense convolution).
 
+    On the CPU a NaN or an infinity in one group of a 1x1 convolution may also reach outputs of its neighbours: narrow
+    groups are computed together, with zeros in between.
+
     Args:
         x: (B, C, H, W), any floating dtype, NCHW or channels_last.
         conv: the convolution, weight (O, C / groups, kh, kw).

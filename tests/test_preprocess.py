@@ -18,7 +18,7 @@ needs_native = pytest.mark.skipif(cpu.unavailable() is not None, reason="the C++
 def backend(request):
     if reason := registry.backend_unavailable(request.param, "cpu"):
         pytest.skip(reason)
-    with ffkernels.use("require" if request.param == "cpu" else "1", request.param):
+    with ffkernels.use("1", request.param):
         yield request.param
 
 
@@ -35,10 +35,11 @@ def image(h, w, seed=0, dtype=torch.uint8):
     return torch.randint(0, 256, (h, w, 3), generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def test_double_precision_images():
+def test_double_precision_images(backend):
     x = torch.rand(2, 9, 13, 3, dtype=torch.float64) * 255
+    policy = ffkernels.Policy("require" if backend == "cpu" else "1", backend)
     for size in ((9, 13), (4, 5)):
-        y = preprocess(x, size, dtype=torch.float64)
+        y = preprocess(x, size, dtype=torch.float64, policy=policy)
         expected = reference(x, size, size, (0, 0), True, MEAN, torch.float64)
         torch.testing.assert_close(y, expected, rtol=0, atol=1e-9)
 

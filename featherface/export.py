@@ -8,9 +8,11 @@ Every file has one input, ``image`` (B, 3, H, W), with dynamic B, H and W, three
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from logging import ERROR, getLogger
@@ -219,7 +221,12 @@ def _read_onnx(path: Path) -> Run:
 
 
 def _write_torchscript(model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
-    torch.jit.save(trace(model, torch.zeros(_EXAMPLE)), path, _extra_files={METADATA_FILE: json.dumps(facts)})
+    buffer = io.BytesIO()
+    torch.jit.save(trace(model, torch.zeros(_EXAMPLE)), buffer, _extra_files={METADATA_FILE: json.dumps(facts)})
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w") as target:
+        for entry in source.infolist():
+            if not entry.filename.endswith(".debug_pkl"):  # stacks, with the folders of this machine
+                target.writestr(entry, source.read(entry))
 
 
 def _read_torchscript(path: Path) -> Run:
@@ -234,7 +241,11 @@ def _read_torchscript(path: Path) -> Run:
 
 def _write_program(model: nn.Module, path: Path, facts: dict[str, Any]) -> None:
     with open(path, "wb") as file:
-        torch.export.save(exported_program(model), file, extra_files={METADATA_FILE: json.dumps(facts)})
+        program = exported_program(model)
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # it names the folders of this machine
+        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(facts)})
 
 
 def _read_program(path: Path) -> Run:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-import os
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
+import featherface
 from featherface import create_model, list_models
 from featherface.cli import main
 from featherface.errors import FeatherFaceError
@@ -58,7 +60,12 @@ def check(name, format, folder):
     assert facts["model"] == name and facts["weights_sha256"] == "0" * 64
     assert facts["mean"] == [104, 117, 123] and facts["channel_order"] == "BGR"
     assert facts["anchors"]["sizes"] == [[16, 32], [64, 128], [256, 512]] and facts["anchors"]["steps"] == [8, 16, 32]
-    assert str(os.path.abspath(os.path.dirname(__file__))).encode() not in path.read_bytes()
+    content = [path.read_bytes()]
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            content += [file.read(entry) for entry in file.namelist()]
+    for folder in (Path(featherface.__file__).parent.parent, Path(torch.__file__).parent):
+        assert not any(str(folder).encode() in part for part in content), f"{path} names {folder}"
 
 
 @pytest.mark.parametrize("format", ["onnx", "torchscript"])

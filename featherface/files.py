@@ -33,7 +33,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             temporary = Path(folder, path.name)
             temporary.touch()
             yield temporary
-            with open(temporary, "rb") as file, open(path, "wb") as stream:
+            # Behind what is there: truncating /dev/stdout would empty the file that it was directed to.
+            with open(temporary, "rb") as file, open(path, "ab") as stream:
                 shutil.copyfileobj(file, stream)
         return
     path = Path(os.path.realpath(path))

@@ -96,15 +96,22 @@ def build_policy(fused: Fused = None) -> Policy:
     return requested_policy(fused) or Policy()
 
 
-_DIRECT = Policy("1", os.environ.get("FF_BACKEND") or "auto")
-if os.environ.get("FF_USE_FUSED"):
-    _DIRECT = Policy(_choice(os.environ["FF_USE_FUSED"], MODES, "FF_USE_FUSED"), _DIRECT.backend)
-_choice(_DIRECT.backend, BACKENDS, "FF_BACKEND")
+def _direct_policy() -> Policy | ValueError:
+    try:
+        mode = _choice(os.environ.get("FF_USE_FUSED") or "1", MODES, "FF_USE_FUSED")
+        return Policy(mode, _choice(os.environ.get("FF_BACKEND") or "auto", BACKENDS, "FF_BACKEND"))
+    except ValueError as error:
+        return error  # for the first call, so that the package can be imported
+
+
+_DIRECT = _direct_policy()
 
 
 def call_policy() -> Policy:
     """The policy of an op called directly, without a module: the :func:`use` block, else the environment as it was
     when ``ffkernels`` was imported, else the best backend."""
+    if isinstance(_DIRECT, ValueError):
+        raise _DIRECT
     return _override or _DIRECT
 
 

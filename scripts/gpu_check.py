@@ -31,6 +31,7 @@ STAGES = ("tests", "sanitize", "ops", "model")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZED = {
     "cuda_tensor_cores": 2,
+    "batch_norm_gpu": 2,
     "conv_chain_gpu": 4,
     "ssh_and_heads_gpu": 2,
     "cbam_gpu": 2,

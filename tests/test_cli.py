@@ -552,3 +552,57 @@ def test_tables_in_a_pipe_are_as_wide_as_they_need(monkeypatch, capsys):
     options.console().print(table)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60
+
+
+def test_weights_are_not_written_over(tmp_path, monkeypatch, capsys):
+    """The default name of an exported file may be that of the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(create_model("featherface_v2").state_dict(), "featherface_v2.pt")
+    Image.fromarray(paint(64, 64, [])).save("a.png")
+    before = Path("featherface_v2.pt").read_bytes()
+    weights = ["-w", "featherface_v2.pt", "-m", "featherface_v2"]
+    for command in (
+        ["export", *weights, "-f", "torchscript"],
+        ["export", *weights, "-f", "torchscript", "-o", str(tmp_path / "featherface_v2.pt")],
+        ["evaluate", *weights, "--data", ".", "--output", "featherface_v2.pt"],
+        ["evaluate", *weights, "--data", ".", "--output", "b.png", "--plot", "b.png"],
+        ["detect", *weights, "a.png", "--json", "featherface_v2.pt"],
+    ):
+        assert main(command) == 2
+        assert "is a file that this command reads or writes otherwise" in capsys.readouterr().err
+    assert Path("featherface_v2.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="no /dev/stdout")
+def test_results_go_behind_what_standard_output_was_directed_to(tmp_path):
+    Image.fromarray(paint(64, 64, [])).save(tmp_path / "a.png")
+    log = tmp_path / "log.txt"
+    log.write_text("precious\n")
+    with open(log, "ab") as stream:
+        command = [sys.executable, "-m", "featherface", "detect", "a.png", "-q", "--csv", "/dev/stdout"]
+        result = subprocess.run(
+            command, stdout=stream, stderr=subprocess.PIPE, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+    assert result.returncode == 0, result.stderr
+    assert log.read_bytes().startswith(b"precious\nfile,frame,face,score,")
+
+
+@pytest.mark.parametrize("name", ["FF_USE_FUSED", "FF_BACKEND"])
+def test_a_wrong_variable_is_one_sentence(name, tmp_path):
+    Image.fromarray(paint(64, 64, [])).save(tmp_path / "a.png")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), name: "true"}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "featherface", *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+
+    assert run("--version").returncode == 0
+    result = run("detect", "a.png")
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"featherface: error: {name}='true' is not a valid value; use one of:")
+
+
+def test_no_arguments_print_the_help_alone(capsys):
+    assert main([]) == 2
+    captured = capsys.readouterr()
+    assert "detect" in captured.out + captured.err and "error" not in captured.err

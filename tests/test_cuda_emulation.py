@@ -19,6 +19,7 @@ from ffkernels import native
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 OPS = [
+    "batch_norm_gpu",
     "bifpn_node_gpu",
     "cbam_gpu",
     "channel_shuffle",

@@ -209,7 +209,11 @@ def test_the_card_command(reference, tmp_path, capsys):
     other.write_text("[1]")
     foreign = tmp_path / "foreign.json"
     foreign.write_text(json.dumps(report | {"weights": None, "weights_sha256": None}))
+    part = tmp_path / "part.json"
+    part.write_text(json.dumps({"average_precision": {}}))
     for arguments, message in {
+        (folder, mine, mine): "a second result of wider_val_bench, vga640",
+        (folder, part): "no whole report",
         (folder, results / "wider_val_bench_vga640.json"): "measured with other weights",
         (folder, foreign): "does not say which",
         (folder, other): "holds no result",

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton")
 TESTS = Path(__file__).parent
 OPS = {
+    "batch_norm_gpu": "affine and eval and bfloat16",
     "channel_shuffle": "",
     "conv_chain_gpu": "many or eval or none or bfloat16",
     "ssh_and_heads_gpu": "",

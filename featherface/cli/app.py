@@ -87,6 +87,8 @@ def run(arguments: list[str]) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             context = getattr(error, "ctx", None)
             hint = f" (see: {context.command_path} --help)" if context is not None else ""
+            if not error.format_message():
+                return error.exit_code  # without arguments Typer has printed the help
             return _fail(f"{error.format_message()}{hint}", error.exit_code)
         if debug:
             raise

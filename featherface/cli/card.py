@@ -39,8 +39,13 @@ def card(
     for file in results or []:
         result = _read(file)
         if "average_precision" in result:
+            if lacking := {"data_set", "protocol", "input_multiple", "weights", "weights_sha256"} - result.keys():
+                raise FeatherFaceError(f"{file} is no whole report of featherface evaluate: {min(lacking)} is missing")
             _check_weights(result, weights or run / "final.safetensors", file)
-            reports[_title(result)] = result
+            title = _title(result)
+            if title in reports:
+                raise FeatherFaceError(f"{file} is a second result of {title}; name one of the two")
+            reports[title] = result
         elif "timings" in result:
             speed.append(result)
         else:

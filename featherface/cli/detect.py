@@ -83,6 +83,7 @@ def detect(
         if path is not None and str(path) != "-":
             if path.resolve() in sources or path.suffix.lower() in SUFFIXES | VIDEO_SUFFIXES:
                 raise FeatherFaceError(f"{option} would replace {path}; name the file to write, such as faces.json")
+            options.not_replaced(option, path, None if weights is None else Path(weights))
             options.writable_file(path, option)
     targets = _targets(found, output, sources)
     if crops is not None:
@@ -121,6 +122,8 @@ class Run:
         self.progress = Progress(
             *columns, console=console, transient=True, disable=quiet or not console.is_terminal, redirect_stdout=False
         )
+        # A bar in the midst of results that go to the same terminal.
+        self.progress.disable |= "-" in (str(json), str(csv)) and sys.stdout.isatty()
 
     def run(self) -> int:
         with contextlib.ExitStack() as stack:
@@ -208,7 +211,9 @@ class Run:
                 self.progress.update(task, completed=count)
             # Some containers only estimate their number of frames.
             if total is not None and count < 0.98 * total - 2:
-                self.errors.append(ImageError(f"{name}: only {count} of {total} frames could be read; it is damaged"))
+                error = ImageError(f"{name}: only {count} of {total} frames could be read; it is damaged")
+                self.errors.append(error)
+                self._write(Row(name, error=str(error)))
         return count, faces
 
     def _frames(self, reader: VideoReader) -> Iterator[tuple[np.ndarray, Detections]]:

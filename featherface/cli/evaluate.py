@@ -20,6 +20,7 @@ from .options import (
     Threads,
     Weights,
     console,
+    not_replaced,
     writable_file,
     writable_folder,
 )
@@ -106,6 +107,9 @@ def evaluate(
     from ..evaluation.run import evaluate_predictions
 
     # Before the detector runs for minutes.
+    file = None if weights is None else Path(weights)
+    not_replaced("--output", output, file, plot)
+    not_replaced("--plot", plot, file)
     if output is not None:
         writable_file(output, "--output")
     if plot is not None:

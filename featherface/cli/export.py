@@ -35,6 +35,7 @@ def export(
     """
     name, path = resolve_weights(weights, model)
     output = output or Path(name).with_suffix(FORMATS[format.value])
+    options.not_replaced("--output", output, path)
     options.writable_file(output, "--output")
     network = create_model(name, weights=path)
     differences = write(network, output, format.value, {"weights": path.name, "weights_sha256": sha256(path)})

@@ -110,6 +110,18 @@ def writable_file(path: Path, option: str) -> Path:
     return path
 
 
+def not_replaced(option: str, path: Path | None, *others: Path | None) -> None:
+    """
+    Raises:
+        FeatherFaceError: ``path``, which ``option`` names for writing, is one of the ``others``: files that are read,
+            or that another option writes.
+    """
+    if path is None or str(path) == "-" or is_stream(path):
+        return
+    if any(other is not None and other.resolve() == path.resolve() for other in others):
+        raise FeatherFaceError(f"{option} {path} is a file that this command reads or writes otherwise; name another")
+
+
 def console() -> Console:
     """Standard output. Tables in a file or a pipe are as wide as they need, since nobody can widen that."""
     found = Console(highlight=False, soft_wrap=True)

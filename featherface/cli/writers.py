@@ -92,7 +92,7 @@ class CsvWriter:
     """Writes :data:`CSV_COLUMNS`. Images without faces have no row."""
 
     def __init__(self, file: TextIO) -> None:
-        self._writer = csv.writer(file)
+        self._writer = csv.writer(file, lineterminator="\n")
         self._writer.writerow(CSV_COLUMNS)
 
     def write(self, row: Row) -> None:

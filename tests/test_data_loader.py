@@ -309,3 +309,38 @@ def test_landmarks_are_scaled_as_boxes_are(tmp_path):
     for before, after, scale in zip(whole.landmarks, small.landmarks, small.store.scales, strict=True):
         assert (scale < 1).all()
         np.testing.assert_allclose(after, before * scale[::-1])
+
+
+def test_names_of_one_file_are_one(tmp_path):
+    folder = tmp_path / "set"
+    make_faces(folder, 4)
+    (labels,) = folder.glob("*.txt")
+    text = labels.read_text()
+    names = sorted(path.relative_to(folder / "images").as_posix() for path in (folder / "images").rglob("*.*"))
+    changes = (
+        f"./{names[0]}",
+        names[1].replace("/", "//"),
+        str(folder / "images" / names[2]),
+        names[3].replace("/", "\\"),
+    )
+    for name, changed in zip(names, changes, strict=True):
+        assert name in text and name != changed
+        text = text.replace(name, changed)
+    labels.write_text(text)
+    data = load_data([Source("set", unlisted="unlabelled")], tmp_path)
+    assert sorted(record.name for record in data.records) == [f"set/{name}" for name in names]
+    assert all(record.annotation is not None for record in data.records)
+
+
+def test_mosaics_take_photographs_by_the_weights_of_their_sources(tmp_path):
+    make_faces(tmp_path / "often", 4)
+    make_faces(tmp_path / "seldom", 4, seed=1)
+    data = load_data([Source("often", weight=1.0), Source("seldom", weight=0.05)], tmp_path)
+    loader = Loader(data, Augmentation(sizes=[64], mosaic=1.0), 2)
+    seen = []
+    view = loader._view
+    loader._view = lambda index, *rest: seen.append(data.records[index].source) or view(index, *rest)
+    for epoch in range(20):
+        for _ in loader.epoch(epoch):
+            pass
+    assert seen.count(1) < 0.15 * len(seen)

@@ -841,3 +841,27 @@ def test_the_best_weights_are_the_averages_of_the_best_validation(root, tmp_path
     assert result.best_ap == 0.5 and result.ap["all"] == 0.4
     assert written == [(1, "best.safetensors"), (2, "best.safetensors"), (3, "final.safetensors")]
     assert not same_weights(weights(tmp_path / "run"), weights(tmp_path / "run", "best.safetensors"))
+
+
+def test_a_run_that_was_stopped_at_its_last_step_validates_when_it_is_resumed(root, reference, tmp_path, monkeypatch):
+    run, step = tmp_path / "run", Trainer._step
+
+    def last(self, batches):
+        step(self, batches)
+        if self.step == self.total_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_step", last)
+    assert not train(make_config(root), run, quiet=True).finished
+    monkeypatch.undo()
+    assert train(make_config(root), run, resume=True, quiet=True).finished
+    assert_same_run(run, reference[0])
+
+
+def test_a_resumed_run_needs_the_weights_that_it_began_with_no_more(root, tmp_path):
+    start, run = tmp_path / "start.safetensors", tmp_path / "run"
+    save_weights(featherface.create_model("featherface_v2"), start)
+    config = make_config(root, model__weights=str(start))
+    assert not train(config, run, stop_after=0, quiet=True).finished
+    start.unlink()
+    assert train(config, run, resume=True, quiet=True).finished

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,23 @@ def test_the_committed_configurations_are_still_understood():
     assert len(files) >= 8
     for file in files:
         assert load_config(file).model.name in ("featherface_v2", "featherface_v2_ultra")
+
+
+@pytest.mark.parametrize(
+    "section,values,message",
+    [
+        ("data", {"sources": [{"folder": "a", "weight": math.inf}]}, "a has weight inf"),
+        ("data", {"sources": [{"folder": "a", "weight": 1e9}]}, "a has weight 1"),
+        ("data", {"sources": [{"folder": "a", "weight": math.nan}]}, "a has weight nan"),
+        ("runtime", {"seed": 10**20}, "64 bits"),
+    ],
+)
+def test_weights_of_sources_and_seeds_out_of_range(section, values, message):
+    with pytest.raises(ConfigError, match=message):
+        from_dict({section: values}).check()
+
+
+def test_a_byte_order_mark_and_a_suffix_in_capitals(tmp_path):
+    for name, text in (("a.JSON", '{"runtime": {"seed": 7}}'), ("a.json", '{"runtime": {"seed": 7}}')):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert load_config(tmp_path / name).runtime.seed == 7

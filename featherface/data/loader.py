@@ -86,6 +86,12 @@ def epoch_sizes(sizes: list[int], batches: int, seed: int, epoch: int) -> np.nda
     return generator(seed, epoch, 2**32 - 2).choice(np.asarray(sizes, np.int64), batches)
 
 
+def _chances(weights: np.ndarray) -> np.ndarray | None:
+    """Probabilities in the ratio of ``weights``; None, which is all alike, where all are 0."""
+    total = weights.sum()
+    return weights / total if total > 0 else None
+
+
 class Loader:
     """Batches of one epoch after another.
 
@@ -126,8 +132,12 @@ class Loader:
         self._processes: Processes | None = None
         self._source = np.array([data.records[index].source for index in data.train], np.int64)
         annotated = np.array([data.records[index].annotation is not None for index in data.train], bool)
-        self._annotated, self._unannotated = data.train[annotated], data.train[~annotated]
-        views = np.asarray(data.weights)[self._source].sum()
+        weights = np.asarray(data.weights, np.float64)[self._source]
+        # Images that a mosaic may take, and the chance of each.
+        self._annotated, self._unannotated = (
+            (data.train[chosen], _chances(weights[chosen])) for chosen in (annotated, ~annotated)
+        )
+        views = weights.sum()
         self.batches_per_epoch = max(1, int(views) // (batch_size * world_size * multiple)) * multiple
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Batch]:
@@ -204,11 +214,11 @@ class Loader:
         Returns:
             The views, where the four photographs stand, and the faces.
         """
-        others = self._annotated if self.data.records[index].annotation is not None else self._unannotated
+        others, chances = self._annotated if self.data.records[index].annotation is not None else self._unannotated
         half = size // 2
         corners = [(0, 0), (half, 0), (0, half), (half, half)]
         placed, windows, faces = [], [], []
-        for chosen, (x, y) in zip([index, *drawn.choice(others, 3).tolist()], corners):
+        for chosen, (x, y) in zip([index, *drawn.choice(others, 3, p=chances).tolist()], corners):
             view, seen = self._view(chosen, drawn, half)
             x1, y1, x2, y2 = view.window(half)
             placed.append(Placed(chosen, view, image, x, y, half))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from featherface.errors import DataError
-from featherface.evaluation.readers import IMAGE_SUFFIXES, Annotation, read_annotations
+from featherface.evaluation.readers import Annotation, read_annotations
+from featherface.images import SUFFIXES
 
 UNLISTED = ("error", "skip", "unlabelled")
 
@@ -65,7 +67,7 @@ def read_source(
         return [Record(root / file, f"{name}/{file}", source, None) for file in present]
 
     path = _find_labels(folder, labels)
-    annotations = read_annotations(path)
+    annotations = [dataclasses.replace(a, name=_relative(a.name, root)) for a in read_annotations(path)]
     known = set(present)
     missing = [a.name for a in annotations if a.name not in known and not (root / a.name).is_file()]
     if missing:
@@ -86,9 +88,18 @@ def read_source(
     return records
 
 
+def _relative(name: str, root: Path) -> str:
+    """An image's name in an annotation file as :func:`image_files` names it: ``./a.jpg``, ``group//a.jpg``, absolute
+    paths and backslashes mean the same file."""
+    path = Path(name if (root / name).is_file() else name.replace("\\", "/"))
+    if path.is_absolute() and path.is_relative_to(root.absolute()):
+        path = path.relative_to(root.absolute())
+    return Path(os.path.normpath(path)).as_posix()
+
+
 def image_files(folder: Path) -> list[str]:
     """Image files below a folder, as sorted paths relative to it, with forward slashes."""
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files)
 
 

@@ -236,6 +236,10 @@ SHARES = (
 BELOW_ONE = ("model.prior", "average.decay", "optimizer.momentum", "optimizer.beta2")
 
 
+MOST_OFTEN = 10_000
+"""Largest weight of a source: how often an image may be seen in one epoch."""
+
+
 @dataclass
 class Config:
     """A training run. See the sections' classes for the options."""
@@ -276,6 +280,13 @@ class Config:
                 for number in value if isinstance(value, list) else [value]:
                     if isinstance(number, float) and not math.isfinite(number):
                         raise ConfigError(f"{section.name}.{option.name} is {value!r}; it must be finite")
+        for source in self.data.sources:
+            if not 0 <= source.weight <= MOST_OFTEN:
+                raise ConfigError(
+                    f"data.sources: {source.folder} has weight {source.weight}; expected 0 to {MOST_OFTEN}"
+                )
+        if not abs(self.runtime.seed) < 2**63:
+            raise ConfigError(f"runtime.seed is {self.runtime.seed}; it must fit into 64 bits")
         for key, choices in CHOICES.items():
             value = self._value(key)
             if value not in choices:
@@ -332,15 +343,16 @@ def load_config(path: str | os.PathLike, base: Config | None = None) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration {path} cannot be read: {error}") from error
-    if path.suffix not in (".toml", ".yaml", ".yml", ".json"):
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".yaml", ".yml", ".json"):
         raise ConfigError(f"the configuration {path} must be a .toml, .yaml or .json file")
     try:
-        if path.suffix == ".toml":
+        if suffix == ".toml":
             values = _toml().loads(text)
-        elif path.suffix == ".json":
+        elif suffix == ".json":
             values = json.loads(text)
         else:
             values = _yaml().safe_load(text) or {}

@@ -196,7 +196,7 @@ class Trainer:
         torch.manual_seed(runtime.seed)
         if runtime.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.student = self._student()
+        self.student = self._student(resumed=checkpoint is not None)
         self.teacher = self._teacher()
         adapters = None
         self.teacher_channels = check_anchors(self.teacher.model, "the teacher") if self.teacher else []
@@ -293,8 +293,10 @@ class Trainer:
             )
         return checkpoint
 
-    def _student(self) -> FeatherFace:
+    def _student(self, resumed: bool) -> FeatherFace:
         model = self.config.model
+        if resumed:  # all that it starts from is in the checkpoint
+            return create_model(model.name, fused=self.policy, **model.options).to(self.device)
         names = (model.weights, model.transfer_weights, model.backbone_weights)
         model_weights, transfer, backbone = (self.config.path(name) if name else None for name in names)
         student = create_model(
@@ -391,7 +393,8 @@ class Trainer:
         if self.world.first:
             self.display = Display(self.total_steps, self.step, self.quiet)
         received: list[int] = []
-        finished = self.step >= self.total_steps
+        # Not by steps: a run that was stopped at its last one has yet to validate.
+        finished = self.epoch >= config.schedule.epochs
         self._clock()
         with _signals(received):
             while not finished:

@@ -20,6 +20,7 @@ from featherface.data import (
     read_source,
     validation_groups,
 )
+from featherface.data.loader import times_before
 from featherface.errors import DataError
 
 SMALL = Augmentation(sizes=[64])
@@ -344,3 +345,19 @@ def test_mosaics_take_photographs_by_the_weights_of_their_sources(tmp_path):
         for _ in loader.epoch(epoch):
             pass
     assert seen.count(1) < 0.15 * len(seen)
+
+
+def test_an_image_that_is_seen_several_times_in_an_epoch_is_seen_differently(tmp_path):
+    make_faces(tmp_path / "set", 4)
+    data = load_data([Source("set", weight=3.0)], tmp_path)
+
+    def epoch(views):
+        loader = Loader(data, Augmentation(sizes=[64]), 4, views=views)
+        batches = list(loader.epoch(0))
+        indices = np.concatenate([batch.indices for batch in batches])
+        assert sorted(indices.tolist()) == sorted(3 * data.train.tolist())
+        return {image.numpy().tobytes() for batch in batches for image in batch.images}
+
+    assert len(epoch(0)) == 12
+    assert len(epoch(2)) == 4
+    assert times_before(np.array([5, 3, 5, 5, 3, 1])).tolist() == [0, 0, 1, 2, 1, 0]

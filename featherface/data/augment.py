@@ -136,9 +136,11 @@ class Faces(NamedTuple):
     ignored: np.ndarray
 
 
-def generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of image ``index`` in ``epoch``: a Philox stream of its own."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, (epoch << 32) + index], np.uint64)))
+def generator(seed: int, epoch: int, index: int, time: int = 0) -> np.random.Generator:
+    """The random numbers of image ``index`` in ``epoch``, where it is seen there for the ``time``-th time from 0 on: a
+    Philox stream of its own."""
+    key = np.array([seed % 2**64, (epoch << 32) + index], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, time]))
 
 
 def draw_view(

@@ -30,6 +30,9 @@ from .augment import (
 from .dataset import FaceData
 from .workers import Processes, in_threads
 
+_INDEX_BITS = 32
+"""Of the number of an image, where what stands above says how often it was seen before."""
+
 
 class Batch(NamedTuple):
     """What one step trains on.
@@ -84,6 +87,16 @@ def epoch_order(train: np.ndarray, source: np.ndarray, weights: list[float], see
 def epoch_sizes(sizes: list[int], batches: int, seed: int, epoch: int) -> np.ndarray:
     """The side of the views of each batch of an epoch, in pixels: drawn from ``sizes``, the same in every process."""
     return generator(seed, epoch, 2**32 - 2).choice(np.asarray(sizes, np.int64), batches)
+
+
+def times_before(order: np.ndarray) -> np.ndarray:
+    """How often each element of ``order`` stands before its place."""
+    places = np.argsort(order, kind="stable")
+    values = order[places]
+    starts = np.flatnonzero(np.r_[True, values[1:] != values[:-1]])
+    times = np.empty_like(order)
+    times[places] = np.arange(len(order)) - np.repeat(starts, np.diff(np.r_[starts, len(order)]))
+    return times
 
 
 def _chances(weights: np.ndarray) -> np.ndarray | None:
@@ -146,6 +159,8 @@ class Loader:
         together = self.batch_size * self.world_size
         # A set smaller than a batch, or an epoch whose draw came out a little short, starts over.
         order = np.resize(order if len(order) else self.data.train, self.batches_per_epoch * together)
+        if not self.views:
+            order = order + (times_before(order) << _INDEX_BITS)
         indices = order.reshape(-1, self.world_size, self.batch_size)[first:, self.rank]
         sizes = epoch_sizes(self.augmentation.sizes, self.batches_per_epoch, self.seed, epoch)[first:]
         batches = list(zip(indices, sizes.tolist()))
@@ -161,15 +176,21 @@ class Loader:
             yield batch
 
     def prepare(self, indices: np.ndarray, size: int, epoch: int) -> _Undeveloped | Batch:
-        """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours."""
+        """The views of some images, ``size`` pixels wide and high: geometry, and on the CPU also colours. See
+        :meth:`draw`."""
         return self._crop(self.draw(indices, size, epoch))
 
     def draw(self, indices: np.ndarray, size: int, epoch: int) -> _Drawn:
-        """What the views of some images are, without their pixels."""
+        """What the views of some images are, without their pixels.
+
+        Args:
+            indices: numbers of the images, and above ``_INDEX_BITS`` bits how often each was seen in the epoch before.
+        """
+        times, indices = indices >> _INDEX_BITS, indices & ((1 << _INDEX_BITS) - 1)
         placed: list[Placed] = []
         views, windows, faces = [], [], []
-        for image, index in enumerate(indices.tolist()):
-            drawn = generator(self.seed, epoch % self.views if self.views else epoch, index)
+        for image, (index, before) in enumerate(zip(indices.tolist(), times.tolist())):
+            drawn = generator(self.seed, epoch % self.views if self.views else epoch, index, before)
             if self.augmentation.mosaic and drawn.random() < self.augmentation.mosaic:
                 quarters, own, seen = self._mosaic(index, drawn, image, size)
                 view = quarters[0].view

@@ -606,3 +606,13 @@ def test_no_arguments_print_the_help_alone(capsys):
     assert main([]) == 2
     captured = capsys.readouterr()
     assert "detect" in captured.out + captured.err and "error" not in captured.err
+
+
+def test_a_link_to_nothing_is_an_input_that_cannot_be_read(tmp_path, capsys):
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    Image.fromarray(paint(64, 64, [])).save(folder / "a.png")
+    (folder / "b.png").symlink_to(tmp_path / "gone.png")
+    for given in (str(folder), str(folder / "*.png")):
+        assert main(["detect", given, "-q"]) == 1
+        assert f"{folder / 'b.png'} does not exist" in capsys.readouterr().err

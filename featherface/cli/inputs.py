@@ -61,10 +61,15 @@ def expand(
     return inputs, notes
 
 
+def _file(path: Path) -> bool:
+    """Whether ``path`` is a file, or a link to nothing, which is reported as an input that cannot be read."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
 def _walk(folder: Path, recursive: bool, closed: set[Path]) -> list[Path]:
     found = folder.rglob("*") if recursive else folder.iterdir()
     inside = {path for path in closed if folder.resolve() in path.parents}
-    return sorted(p for p in found if p.is_file() and (not inside or inside.isdisjoint(p.resolve().parents)))
+    return sorted(p for p in found if _file(p) and (not inside or inside.isdisjoint(p.resolve().parents)))
 
 
 def _left_out(folder: Path, files: list[Path]) -> list[str]:
@@ -94,7 +99,7 @@ def _named(argument: str) -> list[tuple[Path | int, PurePath]]:
         return [(int(argument), PurePath(f"camera_{argument}"))]
     if glob.has_magic(argument):
         matches = sorted(Path(p) for p in glob.glob(argument, recursive=True))
-        if not (files := [p for p in matches if p.is_file()]):
+        if not (files := [p for p in matches if _file(p)]):
             raise ImageError(f"no file matches {argument}")
         return [(p, PurePath(p.name)) for p in files]
     # Reported with the other inputs that cannot be read.

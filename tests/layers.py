@@ -22,9 +22,9 @@ def conv(
 
 
 def norm(channels: int, training: bool = True) -> BatchNorm:
-    """Batch normalisation with signed weights, running statistics away from 0 and 1, and no default."""
+    """Batch normalisation with signed weights and running statistics away from 0 and 1."""
     mean, var = torch.randn(channels, dtype=torch.float64), torch.rand(channels, dtype=torch.float64) + 0.5
-    return BatchNorm(tensor(channels), tensor(channels), mean, var, training, 0.3, 2e-5)
+    return BatchNorm(tensor(channels), tensor(channels), mean, var, training, 0.1, 1e-5)
 
 
 def one_sided(bn: BatchNorm) -> BatchNorm:

@@ -3,6 +3,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import needs_cpu_kernels
+from layers import conv, norm
 from torch import nn
 
 import ffkernels
@@ -125,3 +127,28 @@ def test_statistics_of_two_dtypes_are_refused():
     conv = ffkernels.ConvParams(torch.zeros(4, 4, 1, 1))
     with pytest.raises(ValueError, match=r"bn.running_mean is torch.float32 and .*running_var torch.float64"):
         ffkernels.grouped_conv_bn_act(torch.zeros(2, 4, 3, 3), conv, bn)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("training", [True, False])
+def test_eps_and_momentum_are_those_of_the_layer(training):
+    torch.manual_seed(0)
+    x, policy = torch.randn(3, 8, 6, 5).double(), ffkernels.Policy("require", "cpu")
+    plain = ffkernels.Policy("0", "auto")
+    mlp = ffkernels.ChannelMLP(torch.randn(4, 8).double(), None, torch.randn(8, 4).double(), None)
+    offset, mask = torch.randn(3, 18, 6, 5).double(), torch.rand(3, 9, 6, 5).double()
+    calls = {
+        8: lambda bn, policy: ffkernels.grouped_conv_bn_act(x, conv(8, 8, 3), bn, policy=policy),
+        1: lambda bn, policy: ffkernels.cbam(x, mlp, conv(1, 2, 7), [bn], policy=policy),
+        4: lambda bn, policy: ffkernels.deform_conv2d(x, offset, mask, conv(4, 8, 3), bn, policy=policy),
+    }
+    for channels, call in calls.items():
+        bns = []
+        for chosen in (policy, plain):
+            torch.manual_seed(1)
+            bns.append(norm(channels, training)._replace(momentum=0.3, eps=0.02))
+            bns[-1] = (bns[-1], call(bns[-1], chosen))
+        (own, y), (other, expected) = bns
+        torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own.running_mean, other.running_mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(own.running_var, other.running_var, rtol=1e-9, atol=1e-9)

@@ -98,8 +98,7 @@ def build_policy(fused: Fused = None) -> Policy:
 
 def _direct_policy() -> Policy | ValueError:
     try:
-        mode = _choice(os.environ.get("FF_USE_FUSED") or "1", MODES, "FF_USE_FUSED")
-        return Policy(mode, _choice(os.environ.get("FF_BACKEND") or "auto", BACKENDS, "FF_BACKEND"))
+        return _environment() or Policy("1")
     except ValueError as error:
         return error  # for the first call, so that the package can be imported
 

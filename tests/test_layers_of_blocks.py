@@ -193,3 +193,10 @@ def test_batched_gradients_are_refused():
     y = block(x).flatten()
     with pytest.raises(RuntimeError, match="no batched gradients"):
         torch.autograd.grad(y, x, torch.eye(len(y)), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_report_of_a_chain_with_a_convolution_that_no_op_describes(mode):
+    chain = ffkernels.set_fused(ConvChain(ConvBNAct(4, 4), ConvBNAct(4, 8)), mode)
+    chain[0][0] = nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+    assert {row.backend for row in ffkernels.report(chain)[:2]} == {"reference"}

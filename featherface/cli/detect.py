@@ -116,14 +116,18 @@ class Run:
         self.taken = sources | {target.resolve() for target in targets or ()}
         self.errors: list[FeatherFaceError] = []
         self.faces = self.done = 0
-        self.print_lines = not quiet and "-" not in (str(json), str(csv))
+        to_stdout = "-" in (str(json), str(csv))
+        self.print_lines = not quiet and not to_stdout
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(
-            *columns, console=console, transient=True, disable=quiet or not console.is_terminal, redirect_stdout=False
+            *columns,
+            console=console,
+            transient=True,
+            # No bar in the midst of results that go to the same terminal.
+            disable=quiet or not console.is_terminal or (to_stdout and sys.stdout.isatty()),
+            redirect_stdout=False,
         )
-        # A bar in the midst of results that go to the same terminal.
-        self.progress.disable |= "-" in (str(json), str(csv)) and sys.stdout.isatty()
 
     def run(self) -> int:
         with contextlib.ExitStack() as stack:

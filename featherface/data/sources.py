@@ -91,7 +91,9 @@ def read_source(
 def _relative(name: str, root: Path) -> str:
     """An image's name in an annotation file as :func:`image_files` names it: ``./a.jpg``, ``group//a.jpg``, absolute
     paths and backslashes mean the same file."""
-    path = Path(name if (root / name).is_file() else name.replace("\\", "/"))
+    if "\\" in name and not (root / name).is_file():
+        name = name.replace("\\", "/")
+    path = Path(name)
     if path.is_absolute() and path.is_relative_to(root.absolute()):
         path = path.relative_to(root.absolute())
     return Path(os.path.normpath(path)).as_posix()

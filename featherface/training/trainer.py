@@ -295,10 +295,9 @@ class Trainer:
 
     def _student(self, resumed: bool) -> FeatherFace:
         model = self.config.model
-        if resumed:  # all that it starts from is in the checkpoint
-            return create_model(model.name, fused=self.policy, **model.options).to(self.device)
         names = (model.weights, model.transfer_weights, model.backbone_weights)
-        model_weights, transfer, backbone = (self.config.path(name) if name else None for name in names)
+        # What a resumed run started from is in its checkpoint.
+        model_weights, transfer, backbone = (self.config.path(name) if name and not resumed else None for name in names)
         student = create_model(
             model.name,
             weights=model_weights,

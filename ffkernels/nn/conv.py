@@ -69,7 +69,7 @@ class ConvBNAct(FusedSequential):
         return nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation]
 
     def ff_facts(self) -> dict[str, Any]:
-        return facts_of(_convolutions([self]))
+        return _facts(self)
 
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
@@ -122,7 +122,7 @@ class DepthwiseSeparable(FusedSequential):
         return 2 * (nn.Conv2d, nn.BatchNorm2d, ACTIVATION_LAYERS[self.activation])
 
     def ff_facts(self) -> dict[str, Any]:
-        return facts_of(_convolutions([self]))
+        return _facts(self)
 
     def units(self) -> list[ConvUnit]:
         """This block as part of a chain, for one forward pass."""
@@ -151,15 +151,15 @@ class DepthwiseSeparable(FusedSequential):
         return builder.depthwise_separable(x, self[0], self[1], self[3], self[4], self.activation, self.negative_slope)
 
 
-def _convolutions(blocks: Iterable[nn.Module]) -> list[ConvParams]:
-    return [ConvParams.of(layer) for block in blocks for layer in block.children() if isinstance(layer, nn.Conv2d)]
+def _facts(module: nn.Module) -> dict[str, Any]:
+    """What the registry asks of the convolutions inside a block or a chain."""
+    return facts_of([ConvParams.of(layer) for layer in module.modules() if isinstance(layer, nn.Conv2d)])
 
 
 def _absorbable(block: nn.Module) -> bool:
     """Whether a chain does what the block's own forward does."""
-    known = isinstance(block, (ConvBNAct, DepthwiseSeparable)) and not called_for_itself(block)
-    known = known and type(block).forward in (ConvBNAct.forward, DepthwiseSeparable.forward)
-    return known and block.ff_altered() is None
+    known = type(block).forward in (ConvBNAct.forward, DepthwiseSeparable.forward)
+    return known and not called_for_itself(block) and block.ff_altered() is None
 
 
 class ConvChain(FusedModule, nn.Sequential):
@@ -178,14 +178,15 @@ class ConvChain(FusedModule, nn.Sequential):
         self.extend(blocks)
 
     def ff_facts(self) -> dict[str, Any]:
-        return facts_of(_convolutions(self))
+        return _facts(self)
 
     def ff_absorbed(self) -> Iterable[nn.Module]:
         return () if self._runs_blocks() else self.children()
 
     def ff_bypassed(self) -> str | None:
-        altered = self.ff_policy.mode != "0" and self._runs_blocks()
-        return "its blocks are called one by one: one has hooks, or was replaced or altered" if altered else None
+        if all(map(_absorbable, self)):
+            return None
+        return "its blocks are called one by one: one has hooks, or was replaced or altered"
 
     def _runs_blocks(self) -> bool:
         return self.ff_policy.mode == "0" or not all(map(_absorbable, self))

@@ -11,7 +11,7 @@ from ..batch_norm import BatchNorm
 from ..ops.deform_conv2d import deform_conv2d
 from ..params import ConvParams
 from .conv import ACTIVATION_LAYERS, activation_layer
-from .module import FusedModule, FusedSequential, called_for_itself
+from .module import FusedModule, FusedSequential, called_for_itself, overrides
 
 if TYPE_CHECKING:
     from ..engine.builder import Builder
@@ -51,7 +51,7 @@ class DeformConv(FusedModule):
             ValueError: a call of it would do something else, as where hooks prune its weight.
         """
         conv = self.regular_conv
-        if called_for_itself(conv) or type(conv)._conv_forward is not nn.Conv2d._conv_forward:
+        if called_for_itself(conv) or overrides(conv, nn.Conv2d):
             raise ValueError(
                 "regular_conv of a deformable convolution is never called, so that its hooks (pruning's, too) or a "
                 "forward of its own would not run; remove them (torch.nn.utils.prune.remove) or use a parametrization"

@@ -24,6 +24,12 @@ def called_for_itself(module: nn.Module) -> bool:
     return hooked(module) or "forward" in vars(module)
 
 
+def overrides(layer: nn.Module, stock: type[nn.Module]) -> bool:
+    """Whether the layer's class computes something else than ``stock``."""
+    calls = ("forward", "_conv_forward")
+    return any(getattr(type(layer), call, None) is not getattr(stock, call, None) for call in calls)
+
+
 class FusedModule(nn.Module):
     """A module that runs the op named ``ff_op`` under ``ff_policy``, which it takes from the environment (or from
     :func:`ffkernels.use`) when it is built and keeps. Parameters, ``state_dict``, initialisation and the module's own
@@ -57,10 +63,6 @@ class FusedModule(nn.Module):
         return "" if mode == "0" else f"fused={mode}, backend={backend}"
 
 
-_CALLS = ("forward", "_conv_forward")
-"""What a layer's subclass overrides to compute something else."""
-
-
 class FusedSequential(FusedModule, nn.Sequential):
     """An ``nn.Sequential`` of known layers that is run as one op, and as what it is where that would not be the same:
     as plain PyTorch, and where a layer has hooks or is not of the class that :meth:`ff_stock` says."""
@@ -74,7 +76,7 @@ class FusedSequential(FusedModule, nn.Sequential):
     def ff_replaced(self) -> str | None:
         """Which layer is not the stock layer that the op knows; None where all are."""
         for name, layer, stock in zip(self._modules, self, self.ff_stock(), strict=True):
-            if any(getattr(type(layer), call, None) is not getattr(stock, call, None) for call in _CALLS):
+            if overrides(layer, stock):
                 return f"layer {name} is {type(layer).__name__}"
             if "forward" in vars(layer):
                 return f"layer {name} has a forward of its own"
